@@ -1,0 +1,56 @@
+"""Number columns of messages: little-endian bytes on the wire, Python ints and floats in the services."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterable
+
+_SWAP = sys.byteorder == "big"
+# array("I") is 4 bytes on every platform that CPython supports.
+
+
+def pack_u32(values: Iterable[int]) -> bytes:
+    """Pack integers of 0 to 2**32 - 1. Raises OverflowError for any other."""
+    column = array("I", values)
+    if _SWAP:
+        column.byteswap()
+    return column.tobytes()
+
+
+def unpack_u32(data: bytes) -> list[int]:
+    """Raises ValueError if the length is no multiple of 4."""
+    column = array("I")
+    column.frombytes(data)
+    if _SWAP:
+        column.byteswap()
+    return column.tolist()
+
+
+def pack_f32(values: Iterable[float]) -> bytes:
+    column = array("f", values)
+    if _SWAP:
+        column.byteswap()
+    return column.tobytes()
+
+
+def unpack_f32(data: bytes) -> list[float]:
+    """Raises ValueError if the length is no multiple of 4."""
+    column = array("f")
+    column.frombytes(data)
+    if _SWAP:
+        column.byteswap()
+    return column.tolist()
+
+
+def last_u32(data: bytes) -> int:
+    """The last value of a column that is not empty."""
+    return int(struct.unpack_from("<I", data, len(data) - 4)[0])
+
+
+def split_hashes(data: bytes) -> list[bytes]:
+    """Cut a column of 16-byte hashes. Raises ValueError if the length is no multiple of 16."""
+    if len(data) % 16:
+        raise ValueError(f"{len(data)} bytes are no whole number of 16-byte hashes")
+    return [data[i : i + 16] for i in range(0, len(data), 16)]

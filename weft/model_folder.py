@@ -1,0 +1,151 @@
+"""A model folder as the services see it: where it is, what its config says, and the digest that names its content.
+
+Reads Hugging Face folders (config.json, generation_config.json, *.safetensors) without torch or transformers; the
+weights themselves are the worker's business.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final
+
+from weft.errors import SettingsError
+from weft.messages import SamplingParams
+from weft.settings import ModelSettings
+
+BUNDLED: Final = Path(__file__).parent / "demo_model"
+DIGEST_BYTES: Final = 16
+# Files up to this size are hashed whole; of larger ones, one page in every stride, since reading 16 GB takes minutes.
+_WHOLE_FILE_BYTES: Final = 64 * 2**20
+_STRIDE_BYTES: Final = 2**20
+_PAGE_BYTES: Final = 4096
+_NOT_CONTENT: Final = ("_name_or_path", "transformers_version", "architectures_version")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """What a folder's files say, weights aside."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    default_sampling: SamplingParams
+
+
+def read(settings: ModelSettings) -> ModelFolder:
+    """Read the folder that the settings name.
+
+    Raises:
+        SettingsError: no such folder or model, or a config that lacks or contradicts something.
+    """
+    path = locate(settings.model)
+    config = _read_json(path / "config.json")
+    generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
+    context = _positive(config, "max_position_embeddings", path)
+    wanted = settings.max_model_len
+    if wanted > context:
+        raise SettingsError(f"max_model_len {wanted} is more than the {context} tokens that {path.name} was made for")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return ModelFolder(
+        path=path,
+        name=settings.served_name or settings.model.rstrip("/").rsplit("/", 1)[-1],
+        config=config,
+        max_model_len=wanted or context,
+        vocab_size=_positive(config, "vocab_size", path),
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        default_sampling=_default_sampling(generation),
+    )
+
+
+def locate(name: str) -> Path:
+    """The folder of a bundled model, a path, or a Hugging Face repository (downloaded if need be).
+
+    Raises:
+        SettingsError: there is none, or it cannot be downloaded.
+    """
+    if (BUNDLED / name / "config.json").exists() and "/" not in name:
+        return BUNDLED / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise SettingsError(f"{name} has no config.json: it is no Hugging Face model folder")
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        bundled = ", ".join(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
+        raise SettingsError(
+            f"no model {name!r}: it is neither a folder, nor a Hugging Face name such as org/model, "
+            f"nor a bundled model ({bundled})"
+        )
+    return _download(name)
+
+
+def digest(folder: ModelFolder) -> bytes:
+    """What the KV of a token depends on besides tokens: 16 bytes over the config and the weights' content.
+
+    Raises:
+        SettingsError: the folder has no weights.
+    """
+    files = sorted(folder.path.glob("*.safetensors"))
+    if not files:
+        raise SettingsError(f"{folder.path} has no weights: no *.safetensors file in it")
+    config = {key: value for key, value in folder.config.items() if key not in _NOT_CONTENT}
+    state = blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
+    for file in files:
+        size = file.stat().st_size
+        state.update(size.to_bytes(8, "little"))
+        step = _PAGE_BYTES if size <= _WHOLE_FILE_BYTES else _STRIDE_BYTES
+        with file.open("rb") as source:
+            for offset in range(0, size, step):
+                source.seek(offset)
+                state.update(source.read(_PAGE_BYTES))
+    return state.digest()
+
+
+def _download(name: str) -> Path:
+    # Heavy, and needed for hub names only.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SettingsError(
+            f"cannot download {name} from the Hugging Face hub ({reason}); download it where there is a network "
+            f"(`hf download {name}`) and give its folder instead"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise SettingsError(f"{path} is no JSON object")
+    return value
+
+
+def _positive(config: dict[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise SettingsError(f"{path / 'config.json'}: {key} is {value!r}, not a positive whole number")
+    return value
+
+
+def _default_sampling(generation: dict[str, Any]) -> SamplingParams:
+    if generation.get("do_sample") is False:
+        return SamplingParams()
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return SamplingParams(**{name: generation[name] for name in names if generation.get(name) is not None})

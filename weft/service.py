@@ -1,0 +1,257 @@
+"""The life of a service process: settings → bus → start → heartbeat until told to stop → drain → close.
+
+A service is an object with `start`, `drain` and `stop`; `main` does the rest, the same for all. SIGTERM or SIGINT
+(or a `drain` from the bus) begins the drain, which has a deadline; a second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import uvloop
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from weft import subjects, telemetry
+from weft.bus import Bus
+from weft.errors import Overloaded, SettingsError, Unavailable
+from weft.messages import HEARTBEAT_INTERVAL_S, Control, ControlReply, Heartbeat, KvEvents, Role, State
+from weft.settings import MeshSettings, load
+
+log = logging.getLogger(__name__)
+S = TypeVar("S")
+
+
+class Service(Protocol):
+    """One role's shell around its pure core."""
+
+    async def start(self) -> None:
+        """Load, subscribe, and be ready to work when this returns. Raises SettingsError to end with status 2."""
+
+    async def drain(self) -> None:
+        """Take nothing new; return when what is running has ended. May be cancelled at the deadline."""
+
+    async def stop(self) -> None:
+        """Let go of everything at once."""
+
+    def models(self) -> list[str]:
+        """Names of the models served."""
+
+    def is_live(self) -> bool:
+        """False if this process should be restarted: its work has stopped moving."""
+
+    def stats(self) -> dict[str, float]:
+        """Numbers of this moment, for `stats` and /metrics."""
+
+    def snapshot(self) -> KvEvents | None:
+        """The blocks held, for a holder of blocks."""
+
+
+class Context:
+    """What a service may use of its process."""
+
+    def __init__(self, role: Role, mesh: MeshSettings) -> None:
+        self.role: Role = role
+        self.mesh = mesh
+        self.instance = mesh.instance or make_instance(role)
+        self.epoch = time.time_ns() // 1000
+        self.state: State = "starting"
+        self.bus = Bus(mesh, role, self.instance)
+        self.registry = CollectorRegistry()
+        self._stopping = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run a background task for the life of the service; if it fails, the process ends with status 1."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def beat(self, models: list[str]) -> None:
+        """Send one heartbeat now; while the bus is full it is as good as missed."""
+        with contextlib.suppress(Overloaded):
+            self.bus.send(
+                subjects.alive(self.role, self.instance),
+                Heartbeat(self.role, self.instance, self.epoch, self.state, models),
+            )
+
+    def stop(self) -> None:
+        """Begin the end."""
+        self._stopping.set()
+
+    async def until_stopped(self) -> None:
+        await self._stopping.wait()
+
+    def check(self) -> None:
+        """Raise what ended a background task, if one failed."""
+        if self._failure:
+            raise self._failure
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("background task failed", exc_info=task.exception(), extra={"task": task.get_name()})
+            self._failure = self._failure or task.exception()
+            self._stopping.set()
+
+    async def cancel_tasks(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def make_instance(role: Role) -> str:
+    """A name that no other instance has: host, process and a random tail, so that logs can be told apart."""
+    host = "".join(c for c in socket.gethostname() if c.isalnum())[:20] or "host"
+    return f"{role}-{host}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+async def run(context: Context, service: Service) -> None:
+    """Run a service until a signal, a `drain` from the bus, or the failure of one of its tasks."""
+    _catch_signals(context)
+    server = None
+    try:
+        await context.bus.connect()
+        context.spawn(_heartbeat(context, service), "heartbeat")
+        context.registry.register(_BusCollector(context, service))
+        if context.mesh.metrics_port:
+            server = telemetry.serve(
+                context.mesh.metrics_host,
+                context.mesh.metrics_port,
+                context.registry,
+                service.is_live,
+                lambda: context.state == "ready" and context.bus.connected,
+            )
+        await _answer_control(context, service)
+        await service.start()
+        await context.bus.flush()
+        context.state = "ready"
+        context.beat(service.models())
+        log.info("ready", extra={"role": context.role, "instance": context.instance})
+        await context.until_stopped()
+        context.check()
+        context.state = "draining"
+        context.beat(service.models())
+        log.info("draining", extra={"deadline_s": context.mesh.drain_s})
+        await _drain(context, service)
+    finally:
+        await service.stop()
+        await context.cancel_tasks()
+        context.state = "dead"
+        if context.bus.connected:
+            context.beat(service.models())
+        await context.bus.close()
+        if server:
+            server.shutdown()
+    context.check()
+
+
+def main(
+    settings_class: type[S],
+    mesh_of: Callable[[S], MeshSettings],
+    role: Role,
+    make: Callable[[S, Context], Service],
+    *,
+    prog: str,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Entry point of `python -m <service>`. Exits 0 after a drain, 2 on bad settings, 1 on failure."""
+    try:
+        settings = load(settings_class, sys.argv[1:] if argv is None else argv, os.environ, prog=prog)
+    except SettingsError as error:
+        sys.exit(_complain(prog, error))
+    mesh = mesh_of(settings)
+
+    async def body() -> None:
+        context = Context(role, mesh)
+        telemetry.start_logging(mesh.log_level, context.instance)
+        await run(context, make(settings, context))
+
+    try:
+        uvloop.run(body())
+    except (SettingsError, Unavailable) as error:
+        sys.exit(_complain(prog, error))
+
+
+def _complain(prog: str, error: SettingsError | Unavailable) -> int:
+    sys.stderr.write(f"{prog}: {error.message}\n")
+    return 2
+
+
+def _catch_signals(context: Context) -> None:
+    loop = asyncio.get_running_loop()
+    seen: list[int] = []
+
+    def on_signal(number: int) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            os._exit(128 + number)
+        context.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+
+
+async def _heartbeat(context: Context, service: Service) -> None:
+    while True:
+        if service.is_live():
+            context.beat(service.models())
+        await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+
+async def _drain(context: Context, service: Service) -> None:
+    try:
+        async with asyncio.timeout(context.mesh.drain_s):
+            await service.drain()
+    except TimeoutError:
+        log.warning("drain deadline passed", extra={"deadline_s": context.mesh.drain_s})
+
+
+async def _answer_control(context: Context, service: Service) -> None:
+    async def on_control(control: Control) -> ControlReply | KvEvents:
+        match control.verb:
+            case "drain":
+                context.stop()
+            case "stats":
+                return ControlReply(True, context.state, stats=service.stats())
+            case "kv_snapshot":
+                snapshot = service.snapshot()
+                if snapshot is not None:
+                    return snapshot
+        return ControlReply(True, context.state)
+
+    await context.bus.answer(subjects.control(context.role, context.instance), Control, on_control)
+
+
+class _BusCollector(Collector):
+    """The bus's and the service's counters, read when scraped."""
+
+    def __init__(self, context: Context, service: Service) -> None:
+        self._context = context
+        self._service = service
+
+    def collect(self) -> list[CounterMetricFamily]:
+        stats = self._context.bus.stats
+        families = [
+            CounterMetricFamily(f"weft_bus_{name}", f"Bus counter: {name}.", value=getattr(stats, name))
+            for name in stats.__slots__
+        ]
+        families += [
+            CounterMetricFamily(f"weft_{self._context.role}_{name}", f"{name}.", value=value)
+            for name, value in self._service.stats().items()
+        ]
+        return families

@@ -1,0 +1,307 @@
+"""Settings: what each role can be told, by flags or `WEFT_*` environment variables, read once at start.
+
+A setting is a dataclass field made by `setting`. A flag wins over the environment. An unknown `WEFT_*` variable, a
+bad value or an unknown flag raises `SettingsError`, which names it; `weft.service.main` exits with status 2 then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+from weft.errors import SettingsError
+
+T = TypeVar("T")
+PREFIX = "WEFT_"
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    ge: float | None = None,
+    le: float | None = None,
+    choices: Sequence[str] = (),
+    size: bool = False,
+    secret: bool = False,
+) -> Any:
+    """Declare one setting.
+
+    Args:
+        help: one sentence: who changes it and why.
+        ge, le: bounds of a number.
+        choices: the only values of a string.
+        size: a number of bytes, which may be written with a unit ("256MiB").
+        secret: read from the environment only, since argument lists are visible to other processes.
+    """
+    metadata = {"help": help, "ge": ge, "le": le, "choices": tuple(choices), "size": size, "secret": secret}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class MeshSettings:
+    """What every service needs to join the mesh."""
+
+    nats_url: str = setting("nats://127.0.0.1:4222", "Where NATS listens; a comma-separated list for a cluster.")
+    nats_user: str = setting("", "NATS user of this role; empty for a server without accounts.")
+    nats_password: str = setting("", "Password of that user.", secret=True)
+    instance: str = setting("", "Name of this instance on the bus; made up if empty.")
+    startup_s: float = setting(30.0, "How long to wait for NATS at start before giving up.", ge=0.1)
+    drain_s: float = setting(30.0, "How long running requests may go on after SIGTERM.", ge=0)
+    metrics_port: int = setting(0, "Port of /metrics, /live and /ready of this process; 0 for none.", ge=0, le=65535)
+    metrics_host: str = setting("127.0.0.1", "Address that /metrics, /live and /ready listen on.")
+    log_level: str = setting("info", "Least level that is logged.", choices=("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """Which model, for the services that read its folder."""
+
+    model: str = setting("tales-6m", "Model folder, Hugging Face name, or the name of a bundled model.")
+    served_name: str = setting("", "Name that clients use; the folder's or repository's last part if empty.")
+    max_model_len: int = setting(0, "Longest prompt plus completion, in tokens; 0 for what the model was made for.", ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    mesh: MeshSettings
+    host: str = setting("127.0.0.1", "Address that the HTTP server listens on.")
+    port: int = setting(8000, "Port that the HTTP server listens on; 0 for any free one.", ge=0, le=65535)
+    api_keys_file: str = setting("", "File with `tenant:sha256-of-key` lines; without one, no key is asked for.")
+    max_inflight: int = setting(4096, "Requests held at once; more are answered 429.", ge=1)
+    max_body_size: int = setting(8 * 2**20, "Largest request body.", size=True, ge=1024, le=8 * 2**20)
+    slow_reader_size: int = setting(2**20, "Unread bytes of one stream at which its client is cut off.", size=True, ge=4096)
+    wait_for_role_s: float = setting(
+        30.0, "How long a request waits for a missing role (one that restarts, say) before it gets a 503.", ge=0
+    )
+    stall_s: float = setting(120.0, "A recovered stream that still has no new token after this long fails.", ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSettings:
+    mesh: MeshSettings
+    model: ModelSettings
+    template_deadline_s: float = setting(1.0, "Longest time that rendering a chat template may take.", ge=0.01)
+    threads: int = setting(1, "Threads for prompts too long to tokenize between two other requests.", ge=1, le=64)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    mesh: MeshSettings
+    admit: str = setting("bounded", "Admission policy: whether a request is taken.", choices=("open", "bounded"))
+    order: str = setting("fcfs", "Order policy: which waiting request goes next.", choices=("fcfs",))
+    route: str = setting(
+        "prefix_aware", "Route policy: which worker gets it.", choices=("least_loaded", "prefix_aware", "round_robin")
+    )
+    max_queued_requests: int = setting(2048, "Requests in the backlog before new ones get 429.", ge=1)
+    max_queued_tokens: int = setting(4_000_000, "Prompt tokens in the backlog before new ones get 429.", ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    mesh: MeshSettings
+    model: ModelSettings
+    engine: str = setting("torch", "`null` emits tokens at a given pace without a model.", choices=("torch", "null"))
+    device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", "Type of weights and KV; auto is float32 on CPU.", choices=("auto", "float32", "bfloat16", "float16"))
+    threads: int = setting(0, "CPU threads of the model; 0 leaves the mesh its share.", ge=0, le=1024)
+    kv_memory: int = setting(2**29, "Memory for KV blocks.", size=True, ge=2**16)
+    max_num_seqs: int = setting(64, "Sequences that run at once.", ge=1, le=65536)
+    max_num_batched_tokens: int = setting(512, "Tokens that one step computes at most.", ge=1)
+    batching: str = setting("chunked", "Batching policy of the engine.", choices=("chunked", "static"))
+    prefix_cache: bool = setting(True, "Keep and reuse the KV blocks of finished requests.")
+    kv_offload: bool = setting(True, "Send full blocks to the cache service.")
+    kv_load: str = setting(
+        "auto", "Load blocks from the cache service: when faster than computing them, always, or never.",
+        choices=("auto", "always", "never"),
+    )
+    null_tokens_per_s: float = setting(30.0, "Pace of each stream of the null engine.", ge=0.001)
+    null_first_token_s: float = setting(0.0, "Time to the first token of the null engine.", ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    mesh: MeshSettings
+    memory_size: int = setting(256 * 2**20, "Memory tier's budget.", size=True, ge=0)
+    disk_size: int = setting(2**30, "Disk tier's budget.", size=True, ge=0)
+    disk_path: str = setting("", "Folder of the disk tier; empty for none.")
+
+
+@dataclass(frozen=True, slots=True)
+class UpSettings:
+    """`weft up`: what the supervisor starts."""
+
+    model: ModelSettings
+    workers: int = setting(1, "Worker processes.", ge=0, le=256)
+    engine: str = setting("torch", "`null` emits tokens at a given pace without a model.", choices=("torch", "null"))
+    host: str = setting("127.0.0.1", "Address that the HTTP server listens on.")
+    port: int = setting(8000, "Port that the HTTP server listens on.", ge=0, le=65535)
+    data_path: str = setting("", "Folder for logs and the cache's disk tier; ~/.cache/weft if empty.")
+
+
+# Every settings class: a `WEFT_*` variable that none of them knows is a mistake.
+ALL_SETTINGS: tuple[type, ...] = (
+    GatewaySettings,
+    TokenizerSettings,
+    SchedulerSettings,
+    WorkerSettings,
+    CacheSettings,
+    UpSettings,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """One setting as declared: `path` are the attribute names that lead to it."""
+
+    path: tuple[str, ...]
+    type: type
+    default: Any
+    metadata: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path[-1]
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def declared(cls: type) -> list[Declared]:
+    """All settings of a settings class, those of nested classes first."""
+    found: list[Declared] = []
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            found += [dataclasses.replace(inner, path=(item.name, *inner.path)) for inner in declared(kind)]
+        else:
+            found.append(Declared((item.name,), kind, item.default, item.metadata))
+    return found
+
+
+def load(cls: type[T], argv: Sequence[str], environ: Mapping[str, str], *, prog: str = "weft") -> T:
+    """Read `cls` from flags and environment.
+
+    Raises:
+        SettingsError: names the flag or variable and what is wrong with it.
+        SystemExit: after printing, for `--help`.
+    """
+    settings = declared(cls)
+    _check_variables(environ)
+    flags = vars(_parser(cls, settings, prog).parse_args(list(argv)))
+    values: dict[tuple[str, ...], Any] = {}
+    for item in settings:
+        if flags.get(item.name) is not None:
+            values[item.path] = parse(item, flags[item.name], item.flag)
+        elif item.variable in environ:
+            values[item.path] = parse(item, environ[item.variable], item.variable)
+        else:
+            values[item.path] = item.default
+    return _build(cls, (), values)
+
+
+def parse(item: Declared, text: str, source: str) -> Any:
+    """Turn text into the setting's value. Raises SettingsError, which names `source`."""
+    meta = item.metadata
+    try:
+        value = parse_size(text) if meta["size"] else _parse_plain(item.type, text)
+    except ValueError as error:
+        raise SettingsError(f"{source}: {error}") from error
+    if meta["choices"] and value not in meta["choices"]:
+        raise SettingsError(f"{source}: {text!r} is none of {', '.join(meta['choices'])}")
+    if meta["ge"] is not None and not value >= meta["ge"]:
+        raise SettingsError(f"{source}: {text} is less than {meta['ge']}")
+    if meta["le"] is not None and not value <= meta["le"]:
+        raise SettingsError(f"{source}: {text} is more than {meta['le']}")
+    return value
+
+
+def parse_size(text: str) -> int:
+    """`"256MiB"` or `"1000"` to bytes. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is no size such as 256MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def to_environ(**values: object) -> dict[str, str]:
+    """Environment variables for a child process; keyword names are setting names."""
+    return {PREFIX + name.upper(): str(value) for name, value in values.items()}
+
+
+def _parse_plain(kind: type, text: str) -> Any:
+    if kind is bool:
+        lowered = text.lower()
+        if lowered in ("1", "true", "yes", "on"):
+            return True
+        if lowered in ("0", "false", "no", "off"):
+            return False
+        raise ValueError(f"{text!r} is neither true nor false")
+    if kind is str:
+        return text
+    noun = {int: "whole number", float: "number"}[kind]
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no {noun}") from None
+
+
+def _check_variables(environ: Mapping[str, str]) -> None:
+    known = {item.variable for cls in ALL_SETTINGS for item in declared(cls)}
+    for variable in sorted(environ):
+        if variable.startswith(PREFIX) and variable not in known:
+            close = difflib.get_close_matches(variable, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise SettingsError(f"{variable}: no such setting{hint}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser(cls: type, settings: Sequence[Declared], prog: str) -> argparse.ArgumentParser:
+    doc = (cls.__doc__ or "").strip() if not (cls.__doc__ or "").startswith(cls.__name__ + "(") else ""
+    parser = _Parser(
+        prog=prog,
+        description=doc,
+        allow_abbrev=False,
+        epilog="Every flag can be given as an environment variable: WEFT_ and its name in capitals.",
+    )
+    for item in settings:
+        if item.metadata["secret"]:
+            continue
+        shown = f"{item.metadata['help']} (default: {item.default!r})" if item.default != "" else item.metadata["help"]
+        parser.add_argument(item.flag, dest=item.name, metavar=_metavar(item), help=shown.replace("%", "%%"))
+    return parser
+
+
+def _metavar(item: Declared) -> str:
+    if item.metadata["choices"]:
+        return "|".join(item.metadata["choices"])
+    return "SIZE" if item.metadata["size"] else {bool: "true|false", int: "N", float: "X"}.get(item.type, "TEXT")
+
+
+def _build(cls: type[T], path: tuple[str, ...], values: Mapping[tuple[str, ...], Any]) -> T:
+    hints = typing.get_type_hints(cls)
+    arguments = {
+        item.name: _build(hints[item.name], (*path, item.name), values)
+        if dataclasses.is_dataclass(hints[item.name])
+        else values[(*path, item.name)]
+        for item in dataclasses.fields(cls)  # type: ignore[arg-type]  # settings classes are dataclasses
+    }
+    return cls(**arguments)
