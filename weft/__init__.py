@@ -1,1 +1,1 @@
-"""What Weft's services share: the contract (messages, subjects, codec, errors) and the chassis (bus, lifecycle, settings)."""
+"""What the services share: contract (messages, subjects, codec, errors) and chassis (bus, lifecycle, settings)."""

@@ -20,7 +20,15 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from weft import codec, limits, subjects
-from weft.errors import DeadlineExceeded, DecodeError, Overloaded, PayloadTooLarge, SettingsError, Unavailable, WeftError
+from weft.errors import (
+    DeadlineExceeded,
+    DecodeError,
+    Overloaded,
+    PayloadTooLarge,
+    SettingsError,
+    Unavailable,
+    WeftError,
+)
 from weft.messages import ErrorInfo, Message, Refused, Role
 from weft.settings import MeshSettings
 from weft.subjects import Returned
@@ -31,6 +39,7 @@ M = TypeVar("M")
 MAX_QUEUED_BYTES: Final = 64 * 2**20
 MAX_QUEUED_MESSAGES: Final = 65_536
 RECONNECT_WAIT_S: Final = 0.2
+CLOSE_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -57,6 +66,8 @@ class Bus:
         self.stats = BusStats()
         # Called after every reconnect: messages may have been lost, and subscriptions are back.
         self.on_reconnect: list[Callable[[], None]] = []
+        # Called when nats-py gave up the connection for good, as it does on any error but a permission's.
+        self.on_closed: list[Callable[[], None]] = []
         # Called when the server dropped messages for us (we were too slow).
         self.on_loss: list[Callable[[], None]] = []
         self._settings = settings
@@ -67,6 +78,7 @@ class Bus:
         self._drained = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._denied: list[str] = []
+        self._closing = False
 
     @property
     def connected(self) -> bool:
@@ -79,25 +91,26 @@ class Bus:
             Unavailable: no server answered within `startup_s`.
             SettingsError: the server refused the user, or its max_payload is smaller than ours.
         """
-        options = {
-            "servers": [url.strip() for url in self._settings.nats_url.split(",")],
-            "name": f"{self.role}.{self.instance}",
-            "inbox_prefix": f"_INBOX.{self.role}.{self.instance}",
-            "connect_timeout": 2,
-            "reconnect_time_wait": RECONNECT_WAIT_S,
-            "max_reconnect_attempts": -1,
-            "ping_interval": 10,
-            "max_outstanding_pings": 2,
-            "error_cb": self._on_error,
-            "disconnected_cb": self._on_disconnect,
-            "reconnected_cb": self._on_reconnected,
-        }
-        if self._settings.nats_user:
-            options |= {"user": self._settings.nats_user, "password": self._settings.nats_password}
+        user = self._settings.nats_user
         try:
             # nats-py itself would retry the first connection for ever, without a word.
             async with asyncio.timeout(self._settings.startup_s):
-                await self._client.connect(**options)
+                await self._client.connect(
+                    servers=[url.strip() for url in self._settings.nats_url.split(",")],
+                    name=f"{self.role}.{self.instance}",
+                    inbox_prefix=f"_INBOX.{self.role}.{self.instance}",
+                    user=user or None,
+                    password=self._settings.nats_password if user else None,
+                    connect_timeout=2,
+                    reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # seconds; annotated int, used as float
+                    max_reconnect_attempts=-1,
+                    ping_interval=10,
+                    max_outstanding_pings=2,
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_disconnect,
+                    reconnected_cb=self._on_reconnected,
+                    closed_cb=self._on_closed,
+                )
         except TimeoutError:
             raise Unavailable(
                 f"no NATS server at {self._settings.nats_url} within {self._settings.startup_s:g} s"
@@ -131,15 +144,26 @@ class Bus:
         self._queued_bytes += len(data)
         self._wake.set()
 
-    async def on(self, subject: str, expected: type[M], handler: Callable[[M], None], *, queue: str = "") -> None:
-        """Call `handler` for every message on `subject`. What is no `expected` is counted, and refused if it can be."""
+    async def on(
+        self,
+        subject: str,
+        expected: type[M],
+        handler: Callable[[M], None],
+        *,
+        queue: str = "",
+        max_pending: int = MAX_QUEUED_MESSAGES,
+    ) -> None:
+        """Call `handler` for every message on `subject`. What is no `expected` is counted, and refused if it can be.
+
+        Over `max_pending` unhandled messages nats-py drops the newest; then `on_loss` is called.
+        """
 
         async def receive(msg: Msg) -> None:
             message = self._decode(msg, expected)
             if message is not None:
                 self._guard(handler, message)
 
-        await self._client.subscribe(subject, queue=queue, cb=receive)
+        await self._client.subscribe(subject, queue=queue, cb=receive, pending_msgs_limit=max_pending)
 
     async def on_returned(self, handler: Callable[[Returned, WeftError], None]) -> None:
         """Call `handler` for every hop of ours that came back: nobody listened, or it was refused."""
@@ -230,6 +254,8 @@ class Bus:
         """
         await self._until_written()
         try:
+            # nats-py 2.16 writes the PING ahead of what its buffer still holds: only the second one follows it.
+            await self._client.flush(timeout=5)
             await self._client.flush(timeout=5)
         except (nats.errors.Error, TimeoutError) as error:
             raise Unavailable(f"NATS did not answer: {error}") from error
@@ -237,16 +263,24 @@ class Bus:
             raise SettingsError(f"NATS denies {self.role}: {'; '.join(self._denied)}")
 
     async def close(self) -> None:
-        """Send what is queued, if the server takes it within a second, and disconnect."""
+        """Send what is queued, if the server takes it within a second, and disconnect; ends even if the server hangs."""
+        self._closing = True
         try:
-            async with asyncio.timeout(1.0):
-                await self._until_written()
-                await self._client.flush(timeout=1)
-        except (nats.errors.Error, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self.flush()
+        except (WeftError, TimeoutError):
             log.warning("closed with messages unsent", extra={"messages": len(self._queue)})
+        self._queue.clear()
         if self._writer:
             self._writer.cancel()
-        await self._client.close()
+        closing = asyncio.create_task(self._client.close(), name="bus close")
+        done, _ = await asyncio.wait({closing}, timeout=CLOSE_S)
+        if not done:
+            # nats-py waits for its last bytes to leave, cancelled or not, and they never will.
+            writer = getattr(self._client._transport, "_io_writer", None)
+            if writer is not None:
+                writer.transport.abort()
+            await asyncio.wait({closing}, timeout=CLOSE_S)
 
     async def _until_written(self) -> None:
         while self._queue and self.connected:
@@ -309,3 +343,9 @@ class Bus:
         log.warning("NATS connection restored")
         for callback in self.on_reconnect:
             callback()
+
+    async def _on_closed(self) -> None:
+        if not self._closing:
+            log.error("NATS connection closed for good")
+            for callback in self.on_closed:
+                callback()

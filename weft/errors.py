@@ -115,8 +115,6 @@ _BY_CODE: dict[str, type[WeftError]] = {
 }
 
 
-def from_code(
-    code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None
-) -> WeftError:
+def from_code(code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> WeftError:
     """Rebuild the error that `code` names; an unknown code becomes a plain `WeftError`."""
     return _BY_CODE.get(code, WeftError)(message, param=param, retry_after_s=retry_after_s)

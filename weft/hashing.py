@@ -23,7 +23,9 @@ BLOCK_SIZE: Final = 16
 def chain_root(model_digest: bytes, cache_salt: str = "", adapter_digest: bytes = b"") -> BlockHash:
     """What block 0 is chained to."""
     parts = (model_digest, adapter_digest, cache_salt.encode())
-    return BlockHash(blake2b(b"".join(len(p).to_bytes(4, "little") + p for p in parts), digest_size=HASH_BYTES).digest())
+    return BlockHash(
+        blake2b(b"".join(len(p).to_bytes(4, "little") + p for p in parts), digest_size=HASH_BYTES).digest()
+    )
 
 
 def next_hash(parent: BlockHash, token_ids: bytes) -> BlockHash:

@@ -33,7 +33,7 @@ Text = Annotated[str, Meta(max_length=limits.MAX_MESSAGE_BYTES)]
 Sentence = Annotated[str, Meta(max_length=4096)]
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 U53 = Annotated[int, Meta(ge=0, le=2**53)]
-U64 = Annotated[int, Meta(ge=0, le=2**64 - 1)]
+U64 = Annotated[int, Meta(ge=0)]  # msgpack itself has no larger integer
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 TokenIds = Annotated[bytes, Meta(max_length=4 * limits.MAX_PROMPT_TOKENS)]  # uint32 column
 BlockHashes = Annotated[bytes, Meta(max_length=16 * limits.MAX_IDS_PER_MESSAGE)]  # 16 bytes each
@@ -548,5 +548,3 @@ HEARTBEAT_INTERVAL_S: Final = 0.5
 HEARTBEAT_TIMEOUT_S: Final = 1.5  # three missed
 CLAIM_INTERVAL_S: Final = 0.5
 CLAIM_LEASE_S: Final = 3.0
-
-

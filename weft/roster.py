@@ -57,9 +57,7 @@ class Roster:
     def forgive(self, now: float) -> None:
         """Count silence anew: after the observer itself was cut off, or slept, absence proves nothing."""
         for key, member in self._members.items():
-            self._members[key] = Member(
-                member.role, member.instance, member.epoch, member.state, member.models, now
-            )
+            self._members[key] = Member(member.role, member.instance, member.epoch, member.state, member.models, now)
 
     def members(self, role: Role) -> list[Member]:
         return [member for member in self._members.values() if member.role == role]

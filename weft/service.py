@@ -20,12 +20,12 @@ from typing import Any, Protocol, TypeVar
 
 import uvloop
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from weft import subjects, telemetry
 from weft.bus import Bus
-from weft.errors import Overloaded, SettingsError, Unavailable
+from weft.errors import Overloaded, SettingsError, Unavailable, WeftError
 from weft.messages import HEARTBEAT_INTERVAL_S, Control, ControlReply, Heartbeat, KvEvents, Role, State
 from weft.settings import MeshSettings, load
 
@@ -52,7 +52,7 @@ class Service(Protocol):
         """False if this process should be restarted: its work has stopped moving."""
 
     def stats(self) -> dict[str, float]:
-        """Numbers of this moment, for `stats` and /metrics."""
+        """Numbers for `stats` and /metrics; the name of one that only grows ends in `_total`."""
 
     def snapshot(self) -> KvEvents | None:
         """The blocks held, for a holder of blocks."""
@@ -92,6 +92,11 @@ class Context:
         """Begin the end."""
         self._stopping.set()
 
+    def fail(self, error: BaseException) -> None:
+        """End the process with this error."""
+        self._failure = self._failure or error
+        self._stopping.set()
+
     async def until_stopped(self) -> None:
         await self._stopping.wait()
 
@@ -102,10 +107,10 @@ class Context:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("background task failed", exc_info=task.exception(), extra={"task": task.get_name()})
-            self._failure = self._failure or task.exception()
-            self._stopping.set()
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("background task failed", exc_info=error, extra={"task": task.get_name()})
+            self.fail(error)
 
     async def cancel_tasks(self) -> None:
         tasks = list(self._tasks)
@@ -126,6 +131,7 @@ async def run(context: Context, service: Service) -> None:
     server = None
     try:
         await context.bus.connect()
+        context.bus.on_closed.append(lambda: context.fail(Unavailable("NATS closed the connection for good")))
         context.spawn(_heartbeat(context, service), "heartbeat")
         context.registry.register(_BusCollector(context, service))
         if context.mesh.metrics_port:
@@ -183,11 +189,14 @@ def main(
 
     try:
         uvloop.run(body())
-    except (SettingsError, Unavailable) as error:
+    except SettingsError as error:
         sys.exit(_complain(prog, error))
+    except Unavailable as error:
+        _complain(prog, error)
+        sys.exit(1)
 
 
-def _complain(prog: str, error: SettingsError | Unavailable) -> int:
+def _complain(prog: str, error: WeftError) -> int:
     sys.stderr.write(f"{prog}: {error.message}\n")
     return 2
 
@@ -244,14 +253,13 @@ class _BusCollector(Collector):
         self._context = context
         self._service = service
 
-    def collect(self) -> list[CounterMetricFamily]:
+    def collect(self) -> list[Metric]:
         stats = self._context.bus.stats
-        families = [
+        families: list[Metric] = [
             CounterMetricFamily(f"weft_bus_{name}", f"Bus counter: {name}.", value=getattr(stats, name))
             for name in stats.__slots__
         ]
-        families += [
-            CounterMetricFamily(f"weft_{self._context.role}_{name}", f"{name}.", value=value)
-            for name, value in self._service.stats().items()
-        ]
+        for name, value in self._service.stats().items():
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            families.append(family(f"weft_{self._context.role}_{name}", f"{name}.", value=value))
         return families

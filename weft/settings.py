@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,9 @@ class ModelSettings:
 
     model: str = setting("tales-6m", "Model folder, Hugging Face name, or the name of a bundled model.")
     served_name: str = setting("", "Name that clients use; the folder's or repository's last part if empty.")
-    max_model_len: int = setting(0, "Longest prompt plus completion, in tokens; 0 for what the model was made for.", ge=0)
+    max_model_len: int = setting(
+        0, "Longest prompt plus completion, in tokens; 0 for what the model was made for.", ge=0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,9 @@ class GatewaySettings:
     api_keys_file: str = setting("", "File with `tenant:sha256-of-key` lines; without one, no key is asked for.")
     max_inflight: int = setting(4096, "Requests held at once; more are answered 429.", ge=1)
     max_body_size: int = setting(8 * 2**20, "Largest request body.", size=True, ge=1024, le=8 * 2**20)
-    slow_reader_size: int = setting(2**20, "Unread bytes of one stream at which its client is cut off.", size=True, ge=4096)
+    slow_reader_size: int = setting(
+        2**20, "Unread bytes of one stream at which its client is cut off.", size=True, ge=4096
+    )
     wait_for_role_s: float = setting(
         30.0, "How long a request waits for a missing role (one that restarts, say) before it gets a 503.", ge=0
     )
@@ -89,7 +94,7 @@ class TokenizerSettings:
     mesh: MeshSettings
     model: ModelSettings
     template_deadline_s: float = setting(1.0, "Longest time that rendering a chat template may take.", ge=0.01)
-    threads: int = setting(1, "Threads for prompts too long to tokenize between two other requests.", ge=1, le=64)
+    tokenizer_threads: int = setting(1, "Threads for prompts too long to tokenize between two other requests.", ge=1, le=64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,9 @@ class WorkerSettings:
     model: ModelSettings
     engine: str = setting("torch", "`null` emits tokens at a given pace without a model.", choices=("torch", "null"))
     device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("auto", "Type of weights and KV; auto is float32 on CPU.", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting(
+        "auto", "Type of weights and KV; auto is float32 on CPU.", choices=("auto", "float32", "bfloat16", "float16")
+    )
     threads: int = setting(0, "CPU threads of the model; 0 leaves the mesh its share.", ge=0, le=1024)
     kv_memory: int = setting(2**29, "Memory for KV blocks.", size=True, ge=2**16)
     max_num_seqs: int = setting(64, "Sequences that run at once.", ge=1, le=65536)
@@ -119,8 +126,12 @@ class WorkerSettings:
     prefix_cache: bool = setting(True, "Keep and reuse the KV blocks of finished requests.")
     kv_offload: bool = setting(True, "Send full blocks to the cache service.")
     kv_load: str = setting(
-        "auto", "Load blocks from the cache service: when faster than computing them, always, or never.",
+        "auto",
+        "Load blocks from the cache service: when faster than computing them, always, or never.",
         choices=("auto", "always", "never"),
+    )
+    engine_stall_s: float = setting(
+        20.0, "A worker whose engine makes no step for this long counts as dead; longer than a step can take.", ge=0.1
     )
     null_tokens_per_s: float = setting(30.0, "Pace of each stream of the null engine.", ge=0.001)
     null_first_token_s: float = setting(0.0, "Time to the first token of the null engine.", ge=0)
@@ -136,14 +147,23 @@ class CacheSettings:
 
 @dataclass(frozen=True, slots=True)
 class UpSettings:
-    """`weft up`: what the supervisor starts."""
+    """Start Weft on this machine: a NATS server, the five services and N workers, restarted when they die.
 
-    model: ModelSettings
+    Every setting of every service is one of `weft up` as well, and reaches the services that have it.
+    """
+
+    gateway: GatewaySettings
+    tokenizer: TokenizerSettings
+    scheduler: SchedulerSettings
+    worker: WorkerSettings
+    cache: CacheSettings
     workers: int = setting(1, "Worker processes.", ge=0, le=256)
-    engine: str = setting("torch", "`null` emits tokens at a given pace without a model.", choices=("torch", "null"))
-    host: str = setting("127.0.0.1", "Address that the HTTP server listens on.")
-    port: int = setting(8000, "Port that the HTTP server listens on.", ge=0, le=65535)
-    data_path: str = setting("", "Folder for logs and the cache's disk tier; ~/.cache/weft if empty.")
+    data_path: str = setting("", "Folder for logs, run-time files and the cache's disk tier; ~/.cache/weft if empty.")
+    verbose: bool = setting(False, "Show the log lines of all processes, which go to files in any case.")
+    nats_url: str = setting("", "NATS server or cluster to join; empty to start one of its own.")
+    metrics_port: int = setting(
+        0, "First of a row of ports, one for each process, of /metrics, /live and /ready; 0 for none.", ge=0, le=65535
+    )
 
 
 # Every settings class: a `WEFT_*` variable that none of them knows is a mistake.
@@ -238,9 +258,9 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def to_environ(**values: object) -> dict[str, str]:
-    """Environment variables for a child process; keyword names are setting names."""
-    return {PREFIX + name.upper(): str(value) for name, value in values.items()}
+def to_environ(settings: Any) -> dict[str, str]:
+    """The environment variables from which `load` reads these very settings, for a child process."""
+    return {item.variable: str(functools.reduce(getattr, item.path, settings)) for item in declared(type(settings))}
 
 
 def _parse_plain(kind: type, text: str) -> Any:
@@ -282,11 +302,26 @@ def _parser(cls: type, settings: Sequence[Declared], prog: str) -> argparse.Argu
         allow_abbrev=False,
         epilog="Every flag can be given as an environment variable: WEFT_ and its name in capitals.",
     )
-    for item in settings:
-        if item.metadata["secret"]:
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    seen: set[str] = set()
+    # The class's own settings first: they win over those of the same name in classes nested in it.
+    for item in sorted(settings, key=lambda item: len(item.path)):
+        if item.metadata["secret"] or item.name in seen:
             continue
+        seen.add(item.name)
+        title = item.path[-2] if len(item.path) > 1 else "settings"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         shown = f"{item.metadata['help']} (default: {item.default!r})" if item.default != "" else item.metadata["help"]
-        parser.add_argument(item.flag, dest=item.name, metavar=_metavar(item), help=shown.replace("%", "%%"))
+        groups[title].add_argument(
+            item.flag,
+            dest=item.name,
+            metavar=_metavar(item),
+            help=shown.replace("%", "%%"),
+            # `--verbose` says as much as `--verbose true`.
+            nargs="?" if item.type is bool else None,
+            const="true" if item.type is bool else None,
+        )
     return parser
 
 

@@ -54,7 +54,8 @@ def serve(
     def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         check = {"/live": is_live, "/ready": is_ready}.get(environ["PATH_INFO"])
         if environ["PATH_INFO"] == "/metrics":
-            return metrics(environ, start_response)
+            body: Iterable[bytes] = metrics(environ, start_response)
+            return body
         if check is None:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"try /metrics, /live or /ready\n"]

@@ -45,8 +45,18 @@ def start(config: str | None = None, port: int = -1, *, folder: Path) -> NatsSer
 
 
 def _keep_reading(process: subprocess.Popen[str]) -> None:
-    assert process.stderr is not None
-    threading.Thread(target=process.stderr.read, daemon=True).start()
+    def read() -> None:
+        with process.stderr as lines:  # type: ignore[union-attr]  # opened as a pipe
+            for _ in lines:
+                pass
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+def stop(server: NatsServer) -> None:
+    """Kill a server, stopped or not, and wait for its end."""
+    server.process.kill()
+    server.process.wait()
 
 
 @contextmanager
@@ -55,5 +65,4 @@ def running(folder: Path, config: str | None = None) -> Iterator[NatsServer]:
     try:
         yield server
     finally:
-        server.process.kill()
-        server.process.wait()
+        stop(server)

@@ -1,0 +1,93 @@
+"""One message of every type, with every field set: the material of the golden vectors."""
+
+from __future__ import annotations
+
+from weft import messages as m
+from weft.columns import pack_f32, pack_u32
+
+HASH_A = bytes(range(16))
+HASH_B = bytes(range(16, 32))
+ERROR = m.ErrorInfo("overloaded", "the backlog is full", param="messages", retry_after_s=2.5)
+SAMPLING = m.SamplingParams(
+    max_tokens=64,
+    min_tokens=2,
+    temperature=0.7,
+    top_p=0.9,
+    top_k=40,
+    min_p=0.05,
+    presence_penalty=0.5,
+    frequency_penalty=-0.5,
+    repetition_penalty=1.1,
+    logit_bias={17: -100.0},
+    stop_token_ids=(2, 3),
+    ignore_eos=True,
+    logprobs=5,
+)
+CHOICES = [m.Choice(slot=7, seed=2**64 - 1, emitted=pack_u32([5, 6])), m.Choice(slot=8, seed=1)]
+TOKENIZED = m.TokenizedRequest(
+    request_id="r1",
+    epoch=2,
+    gateway="g1",
+    model="tales-6m",
+    prompt_token_ids=pack_u32([1, 2, 3]),
+    block_hashes=HASH_A,
+    sampling=SAMPLING,
+    choices=CHOICES,
+    tenant="alice",
+    cache_salt="alice",
+    priority=-1,
+    stamps={"gateway": 1.5, "tokenizer": 1.75},
+)
+CHAT = m.ChatPrompt([m.ChatMessage("user", "Tell me a tale", "ann")], add_generation_prompt=True, now=1.5)
+
+
+def _generate(prompt: m.Prompt) -> m.GenerateRequest:
+    return m.GenerateRequest("r1", 2, "g1", "tales-6m", prompt, SAMPLING, CHOICES, "alice", "alice", -1, {"gateway": 1.5})
+
+
+SAMPLES: dict[str, m.Message] = {
+    "GenerateRequest/chat": _generate(CHAT),
+    "GenerateRequest/text": _generate(m.TextPrompt("Once upon a time", add_special_tokens=False)),
+    "GenerateRequest/tokens": _generate(m.TokenPrompt(pack_u32([1, 2, 3]))),
+    "TokenizedRequest": TOKENIZED,
+    "Assignment": m.Assignment(TOKENIZED, "s1"),
+    "Declined": m.Declined(TOKENIZED, "w1", "full"),
+    "TokenFrame": m.TokenFrame(
+        worker="w1",
+        worker_epoch=3,
+        sequence=4,
+        slots=pack_u32([7, 8]),
+        epochs=pack_u32([2, 2]),
+        first_indices=pack_u32([2, 0]),
+        counts=bytes([2, 0]),
+        finishes=bytes([m.FINISH_NONE, m.FINISH_ERROR]),
+        token_ids=pack_u32([9, 10]),
+        logprobs=[m.RowLogprobs(0, 1, pack_f32([-0.5, -1.5]), pack_u32([9, 11]), pack_f32([-0.5, -1.0]))],
+        errors={1: ERROR},
+        sent_at=2.5,
+    ),
+    "StreamEvent": m.StreamEvent("r1", 2, "rejected", "scheduler", "s1", ERROR, 3, 1, {"scheduler": 2.0}),
+    "Claims": m.Claims("worker", "w1", ["r1"], pack_u32([2])),
+    "Cancel": m.Cancel("r1", 2, "g1", pack_u32([7])),
+    "WorkerStatus": m.WorkerStatus(
+        "w1", 3, "tales-6m", "ready", 64, 5, 2, 900, 1000, 800, 16, 2048, {"s1": 12}, 4, 99, 5000.0, 300.0
+    ),
+    "KvEvents": m.KvEvents("w1", 3, 4, HASH_A, HASH_B, True),
+    "Heartbeat": m.Heartbeat("worker", "w1", 3, "ready", ["tales-6m"]),
+    "BlockHas": m.BlockHas(HASH_A + HASH_B),
+    "BlockHasReply": m.BlockHasReply(bytes([1, 0])),
+    "BlockGet": m.BlockGet(HASH_A, 2**20),
+    "BlockData": m.BlockData(HASH_A, [b"kv"], pack_u32([123])),
+    "BlockPut": m.BlockPut(HASH_A, [b"kv"], pack_u32([123])),
+    "Control": m.Control("drain"),
+    "ControlReply": m.ControlReply(True, "ready", ERROR, {"running": 1.0}),
+    "ModelQuery": m.ModelQuery("tales-6m"),
+    "ModelCard": m.ModelCard("tales-6m", 2048, 4096, [2], True, HASH_A, 70_000, 1.5, SAMPLING),
+    "TokenizerFetch": m.TokenizerFetch("tales-6m", HASH_A, 512),
+    "TokenizerPiece": m.TokenizerPiece(512, b"piece", ERROR),
+    "TokenizeQuery": m.TokenizeQuery("tales-6m", CHAT),
+    "TokenizeReply": m.TokenizeReply(pack_u32([1, 2]), 2048, ERROR),
+    "DetokenizeQuery": m.DetokenizeQuery("tales-6m", pack_u32([1, 2])),
+    "DetokenizeReply": m.DetokenizeReply("Once", ERROR),
+    "Refused": m.Refused(ERROR),
+}

@@ -1,0 +1,55 @@
+"""Requests and settings for engine tests, as the tokenizer and the service would make them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from weft.columns import pack_u32
+from weft.hashing import block_hashes, chain_root
+from weft.messages import Choice, SamplingParams, TokenizedRequest
+from weft.model_folder import ModelFolder
+from weft.settings import MeshSettings, ModelSettings, WorkerSettings
+
+DIGEST = b"d" * 16
+
+
+def make_folder(*, vocab_size: int = 64, max_model_len: int = 256, eos: tuple[int, ...] = (2,)) -> ModelFolder:
+    """A folder for engines that never open it."""
+    return ModelFolder(Path("."), "fake", {}, max_model_len, vocab_size, eos, SamplingParams())
+
+
+def make_settings(**changes: Any) -> WorkerSettings:
+    return dataclasses.replace(WorkerSettings(MeshSettings(), ModelSettings()), **changes)
+
+
+def make_request(
+    prompt: Sequence[int],
+    *,
+    request_id: str = "r0",
+    epoch: int = 0,
+    gateway: str = "g0",
+    sampling: SamplingParams | None = None,
+    emitted: Sequence[Sequence[int]] = ((),),
+    seeds: Sequence[int] | None = None,
+    slots: Sequence[int] | None = None,
+    digest: bytes = DIGEST,
+    salt: str = "",
+) -> TokenizedRequest:
+    """One choice for each of `emitted`; slots and seeds count up from 0 unless given."""
+    tokens = pack_u32(prompt)
+    slots = range(len(emitted)) if slots is None else slots
+    seeds = range(len(emitted)) if seeds is None else seeds
+    return TokenizedRequest(
+        request_id=request_id,
+        epoch=epoch,
+        gateway=gateway,
+        model="fake",
+        prompt_token_ids=tokens,
+        block_hashes=b"".join(block_hashes(chain_root(digest, salt), tokens)),
+        sampling=sampling or SamplingParams(temperature=0.0),
+        choices=[Choice(slot, seed, pack_u32(ids)) for slot, seed, ids in zip(slots, seeds, emitted, strict=True)],
+        cache_salt=salt,
+    )

@@ -1,0 +1,13 @@
+"""Waiting for something to become true, without sleeping blindly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+async def until(condition: Callable[[], object], *, timeout_s: float = 10.0, every_s: float = 0.005) -> None:
+    """Return when `condition()` is true. Raises TimeoutError after `timeout_s`."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(every_s)

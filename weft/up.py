@@ -1,0 +1,235 @@
+"""`weft up`: a whole mesh on this machine, with one command.
+
+Everything that can be wrong is checked before anything is started, and said in one sentence. Ctrl-C drains: the gateway
+finishes the streams it has, then the others end. A second Ctrl-C ends all at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TextIO
+
+from weft import data_folder, model_folder, subjects
+from weft.data_folder import DataFolder, RunFile
+from weft.errors import SettingsError, WeftError
+from weft.messages import Role
+from weft.model_folder import ModelFolder
+from weft.settings import PREFIX, UpSettings, load, to_environ
+from weft.status_view import View, make_view
+from weft.supervisor import NATS, ChildSpec, StartFailed, Supervisor
+from weft.telemetry import FieldFormatter
+
+BAD_SETTINGS: Final = 2
+FAILED: Final = 1
+INTERRUPTED: Final = 130
+FOLLOW_INTERVAL_S: Final = 0.1
+EXAMPLE: Final = "Tell me a tale about a fox"
+_MODULES: Final[Mapping[Role, str]] = {
+    "gateway": "gateway",
+    "tokenizer": "tokenizer_svc",
+    "scheduler": "scheduler_svc",
+    "worker": "worker_svc",
+    "cache": "cache_svc",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to run, as `plan` decided it."""
+
+    specs: tuple[ChildSpec, ...]
+    passwords: Mapping[Role, str]
+    url: str
+    model: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run until told to stop; returns the exit status: 0 drained, 1 failed, 2 bad settings, 130 cut short."""
+    environ = dict(os.environ)
+    began = time.monotonic()
+    try:
+        settings = load(UpSettings, argv, environ, prog="weft up")
+        if settings.worker.mesh.instance:
+            raise SettingsError("--instance: `weft up` names its processes itself")
+        folder, _ = data_folder.take(settings.data_path)
+        model = model_folder.read(settings.worker.model)
+        model_folder.digest(model)
+        settings = _with_port(settings)
+        plan = make_plan(settings, model, folder, environ)
+        return asyncio.run(_run(settings, plan, folder, sys.stdout, began))
+    except (SettingsError, StartFailed, WeftError) as error:
+        sys.stderr.write(f"weft up: {error}\n")
+        return BAD_SETTINGS if isinstance(error, SettingsError) else FAILED
+
+
+def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, environ: Mapping[str, str]) -> Plan:
+    """Which processes, with which environment."""
+    own_nats = not settings.nats_url
+    passwords: dict[Role, str] = {role: secrets.token_hex(16) for role in subjects.PERMISSIONS} if own_nats else {}
+    # Names must differ from those of other hosts on a shared bus.
+    tail = "" if own_nats else f"-{''.join(c for c in socket.gethostname() if c.isalnum())[:20]}"
+    base = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
+    names: list[tuple[Role, int]] = [("gateway", 0), ("tokenizer", 0), ("scheduler", 0), ("cache", 0)]
+    names += [("worker", number) for number in range(settings.workers)]
+    specs = []
+    for index, (role, number) in enumerate(names):
+        instance = f"{role}-{number}{tail}"
+        mine = _settings_of(settings, role, instance, index, model, folder)
+        if own_nats:
+            mine |= {"WEFT_NATS_USER": role, "WEFT_NATS_PASSWORD": passwords[role]}
+        if role == "worker":
+            mine |= _share_of_machine(settings, number, environ)
+        argv = (sys.executable, "-P", "-m", _MODULES[role])
+        specs.append(ChildSpec(instance, role, argv, {**base, "PYTHONUNBUFFERED": "1", **mine}))
+    host = {"127.0.0.1": "localhost", "0.0.0.0": "localhost", "::": "localhost"}.get(
+        settings.gateway.host, settings.gateway.host
+    )
+    return Plan(tuple(specs), passwords, f"http://{host}:{settings.gateway.port}", model.name)
+
+
+def _settings_of(
+    settings: UpSettings, role: Role, instance: str, index: int, model: ModelFolder, folder: DataFolder
+) -> dict[str, str]:
+    """The environment variables that tell one service its settings."""
+    mine = to_environ(getattr(settings, role))
+    mine["WEFT_INSTANCE"] = instance
+    if "WEFT_MODEL" in mine:
+        mine |= {"WEFT_MODEL": str(model.path), "WEFT_SERVED_NAME": model.name}
+    if role == "cache" and not settings.cache.disk_path:
+        mine["WEFT_DISK_PATH"] = str(folder.kv)
+    mine["WEFT_METRICS_PORT"] = str(settings.metrics_port + index if settings.metrics_port else 0)
+    return mine
+
+
+def _share_of_machine(settings: UpSettings, number: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """One worker's share of cores and GPUs: they are dealt out, since workers know nothing of each other."""
+    share: dict[str, str] = {}
+    if settings.workers > 1 and settings.worker.threads == 0:
+        share["WEFT_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // settings.workers))
+    gpus = _gpus(environ)
+    if len(gpus) > 1 and settings.worker.device != "cpu":
+        share["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    return share
+
+
+def _gpus(environ: Mapping[str, str]) -> list[str]:
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        return [name for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+def _with_port(settings: UpSettings) -> UpSettings:
+    """Check that the port is free, and choose one if any will do. Raises SettingsError."""
+    host, port = settings.gateway.host, settings.gateway.port
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            port = probe.getsockname()[1]
+    except OSError as error:
+        what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        raise SettingsError(f"port {port} on {host} {what}: give another one with --port or --host") from error
+    return dataclasses.replace(settings, gateway=dataclasses.replace(settings.gateway, port=port))
+
+
+async def _run(settings: UpSettings, plan: Plan, folder: DataFolder, out: TextIO, began: float) -> int:
+    view: View
+    supervisor = Supervisor(
+        plan.specs,
+        settings.worker.mesh,
+        plan.passwords,
+        folder,
+        lambda news: view.tell(news),
+    )
+    view = make_view(out, lambda: supervisor.children)
+    _log_to(folder.log("supervisor"), settings.worker.mesh.log_level)
+    signals = _Signals(supervisor, view)
+    follower = asyncio.create_task(_follow(supervisor, folder)) if settings.verbose else None
+    try:
+        with view:
+            running = asyncio.create_task(supervisor.run())
+            ready = asyncio.create_task(supervisor.ready.wait())
+            await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
+        if not running.done():
+            folder.write_run_file(_run_file(plan, supervisor))
+            view.say(_welcome(plan, folder, time.monotonic() - began))
+        await running
+    finally:
+        if follower:
+            follower.cancel()
+        folder.clear_run()
+    return INTERRUPTED if signals.count > 1 else 0
+
+
+class _Signals:
+    """Ctrl-C, SIGTERM and a closed terminal: the first drains, the second ends at once."""
+
+    def __init__(self, supervisor: Supervisor, view: View) -> None:
+        self.count = 0
+        self._supervisor = supervisor
+        self._view = view
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        self.count += 1
+        self._supervisor.stop()
+        # The terminal may be gone.
+        with contextlib.suppress(OSError):
+            if self.count == 1:
+                self._view.say("\nEnding: running streams may finish; press Ctrl-C again to end at once.")
+
+
+def _run_file(plan: Plan, supervisor: Supervisor) -> RunFile:
+    user = "supervisor" if plan.passwords else ""
+    return RunFile(os.getpid(), plan.url, supervisor.nats_url, user, plan.passwords.get("supervisor", ""))
+
+
+def _welcome(plan: Plan, folder: DataFolder, took_s: float) -> str:
+    body = json.dumps({"model": plan.model, "messages": [{"role": "user", "content": EXAMPLE}], "stream": True})
+    return f"""
+Weft serves {plan.model} at {plan.url} (ready after {took_s:.1f} s). Try
+
+  curl -N {plan.url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{body}'
+
+or `weft chat`. Ctrl-C ends it. Logs are in {folder.logs}.
+"""
+
+
+def _log_to(path: Path, level: str) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(FieldFormatter("supervisor"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("nats").setLevel(logging.CRITICAL)
+
+
+async def _follow(supervisor: Supervisor, folder: DataFolder) -> None:
+    """Copy what the children write to their logs to standard error. Ends by being cancelled."""
+    offsets: dict[Path, int] = {}
+    while True:
+        for name in (NATS, *supervisor.services):
+            path = folder.log(name)
+            with contextlib.suppress(OSError), path.open("rb") as source:
+                # A trimmed log begins anew.
+                source.seek(offsets.get(path, 0) if path.stat().st_size >= offsets.get(path, 0) else 0)
+                text = source.read()
+                offsets[path] = source.tell()
+                sys.stderr.write(text.decode(errors="replace"))
+        await asyncio.sleep(FOLLOW_INTERVAL_S)

@@ -1,0 +1,203 @@
+"""What the next step computes.
+
+There is no prefill phase and no decode phase: a sequence has tokens of which the first `num_computed_tokens` are
+computed, and a step computes some more of them under a token budget. So chunked prefill, prefix hits, preemption and
+recovery are one code path. Running sequences that lack one token (decodes) come first, then running ones that lack
+more, then waiting ones in their order. When blocks run out, the sequence admitted last gives all of its back and
+computes its tokens again later (preemption by recompute): so the one admitted first always goes on, ends, and
+nobody starves. Source of the idea: vLLM v1 scheduler; chunked prefill: Agrawal et al. 2024 (Sarathi-Serve), section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from weft.errors import InvalidRequest
+from weft.hashing import BLOCK_SIZE
+from worker_svc.blocks import BlockPool
+from worker_svc.sequence import Sequence, State, blocks_for
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step may be; `policy` is a key of `POLICIES`."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    policy: str = "chunked"
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a step does. Block tables have room for it already."""
+
+    # Tokens that each sequence computes, in the order of their rows: its next ones after `num_computed_tokens`.
+    num_scheduled_tokens: dict[Sequence, int]
+    admitted: tuple[Sequence, ...]  # waiting until now; some may get their first tokens only in a later step
+    preempted: tuple[Sequence, ...]  # running until now; back at the head of `waiting`
+    rejected: tuple[tuple[Sequence, InvalidRequest], ...]  # can never run; in neither list any more
+    # Blocks (source, target) whose bytes must be copied, in this order, before anything is computed.
+    copies: tuple[tuple[int, int], ...]
+
+
+@dataclass(slots=True)
+class _Draft:
+    waiting: list[Sequence]
+    running: list[Sequence]
+    pool: BlockPool
+    limits: Limits
+    now: float
+    token_budget: int
+    scheduled: dict[Sequence, int] = field(default_factory=dict)
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    rejected: list[tuple[Sequence, InvalidRequest]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+def plan_step(
+    waiting: list[Sequence], running: list[Sequence], pool: BlockPool, limits: Limits, now: float
+) -> StepPlan:
+    """Plan one step.
+
+    Args:
+        waiting: sequences to admit, the first of which goes first.
+        running: sequences in the order of their admission.
+        now: monotonic seconds.
+
+    Mutates: both lists, the pool, and block tables and states of the sequences it moves. The caller computes what is
+    planned and then advances `num_computed_tokens`.
+    """
+    draft = _Draft(waiting, running, pool, limits, now, limits.max_num_batched_tokens)
+    decodes = [sequence for sequence in running if len(sequence.token_ids) - sequence.num_computed_tokens == 1]
+    for sequence in decodes:
+        _continue(draft, sequence)
+    if len(decodes) < len(running):
+        for sequence in [sequence for sequence in running if sequence not in draft.scheduled]:
+            _continue(draft, sequence)
+    if waiting and not draft.preempted:
+        POLICIES[limits.policy](draft)
+    return StepPlan(
+        num_scheduled_tokens=draft.scheduled,
+        admitted=tuple(draft.admitted),
+        preempted=tuple(draft.preempted),
+        rejected=tuple(draft.rejected),
+        copies=tuple(draft.copies),
+    )
+
+
+def _continue(draft: _Draft, sequence: Sequence) -> None:
+    """Schedule as many tokens of a running sequence as budget and blocks allow, preempting others for at least one."""
+    if not draft.token_budget or sequence.state is not State.RUNNING or sequence in draft.scheduled:
+        return
+    pool, running = draft.pool, draft.running
+    room = len(sequence.block_table) * BLOCK_SIZE - sequence.num_computed_tokens
+    while not room and not pool.num_free_blocks:
+        if running[-1] is not sequence:
+            _preempt(draft, running[-1])
+        elif len(running) > 1:
+            # It waits with the blocks it has until an earlier one ends, or takes them.
+            return
+        else:
+            running.pop()
+            pool.free(sequence.release())
+            _reject(draft, sequence)
+            return
+    _schedule(draft, sequence, room + pool.num_free_blocks * BLOCK_SIZE)
+
+
+def _schedule(draft: _Draft, sequence: Sequence, room: int) -> None:
+    """Give a sequence tokens of the budget, `room` at most, and blocks to hold them."""
+    count = min(sequence.num_uncomputed_tokens, draft.token_budget, room)
+    missing = blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_table)
+    if missing > 0:
+        sequence.block_table += draft.pool.allocate(missing)
+    draft.scheduled[sequence] = count
+    draft.token_budget -= count
+
+
+def _preempt(draft: _Draft, sequence: Sequence) -> None:
+    draft.running.remove(sequence)
+    draft.token_budget += draft.scheduled.pop(sequence, 0)
+    draft.pool.free(sequence.release())
+    sequence.state = State.WAITING
+    draft.waiting.insert(0, sequence)
+    draft.preempted.append(sequence)
+
+
+def _reject(draft: _Draft, sequence: Sequence) -> None:
+    capacity = draft.pool.num_blocks * BLOCK_SIZE
+    error = InvalidRequest(
+        f"{len(sequence.token_ids)} tokens are more than this worker's KV memory holds ({capacity} tokens)"
+    )
+    draft.rejected.append((sequence, error))
+
+
+def _admit_chunked(draft: _Draft) -> None:
+    """Continuous batching: whoever is first in line starts as soon as there are a place, budget and blocks."""
+    while draft.waiting and draft.token_budget and len(draft.running) < draft.limits.max_num_seqs:
+        if not _admit(draft):
+            return
+
+
+def _admit_static(draft: _Draft) -> None:
+    """A batch starts when the one before has wholly ended, so the places of those that end early stay empty.
+
+    The baseline that continuous batching is measured against (Yu et al. 2022, Orca, section 2).
+    """
+    if draft.running:
+        return
+    while draft.waiting and len(draft.running) < draft.limits.max_num_seqs:
+        if not _admit(draft):
+            return
+
+
+def _admit(draft: _Draft) -> bool:
+    """Take the first waiting sequence out of line; False if it must wait for blocks."""
+    sequence, pool = draft.waiting[0], draft.pool
+    num_tokens = len(sequence.token_ids)
+    if blocks_for(num_tokens) > pool.num_blocks:
+        _reject(draft, draft.waiting.pop(0))
+        return True
+    hits = pool.lookup(sequence.extend_hashes())
+    # At least one token must be computed, or there would be no logits to sample from: if all are found, the last
+    # one is computed again, in a copy of its block.
+    is_whole = bool(hits) and len(hits) * BLOCK_SIZE == num_tokens
+    if not _has_blocks(draft, blocks_for(num_tokens) - len(hits) + is_whole + pool.num_cached_among(hits)):
+        if draft.running or not is_whole:
+            return False
+        # Alone, and the pool has no block for the copy: compute the last block instead.
+        hits.pop()
+        is_whole = False
+    pool.touch(hits)
+    if is_whole:
+        target = pool.copy_on_write(hits[-1])
+        draft.copies.append((hits[-1], target))
+        hits[-1] = target
+    sequence.block_table = hits
+    sequence.num_committed_blocks = len(hits) - is_whole
+    sequence.num_computed_tokens = sequence.num_cached_tokens = len(hits) * BLOCK_SIZE - is_whole
+    if sequence.admitted_at is None:
+        sequence.admitted_at = draft.now
+    sequence.state = State.RUNNING
+    draft.running.append(draft.waiting.pop(0))
+    draft.admitted.append(sequence)
+    if draft.token_budget:
+        _schedule(draft, sequence, num_tokens)
+    return True
+
+
+def _has_blocks(draft: _Draft, count: int) -> bool:
+    """Whether `count` blocks are left beyond what running sequences need.
+
+    These need all of the blocks of their tokens, and one more to grow; with less, whoever is admitted now would be
+    the first to be preempted.
+    """
+    running = draft.running
+    promised = sum(blocks_for(len(sequence.token_ids)) - len(sequence.block_table) + 1 for sequence in running)
+    return count + promised <= draft.pool.num_free_blocks
+
+
+POLICIES: Final[dict[str, Callable[[_Draft], None]]] = {"chunked": _admit_chunked, "static": _admit_static}

@@ -1,0 +1,260 @@
+"""KV blocks to and from the cache service, on a connection of its own so that bulk never delays tokens.
+
+Nothing here is needed for correctness: what cannot be sent is dropped, what cannot be loaded is computed, and every
+answer comes within a time limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import zlib
+from collections import deque
+from collections.abc import Container, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import takewhile
+from typing import Any, Final
+
+from weft import limits, subjects
+from weft.bus import Bus
+from weft.columns import pack_u32, split_hashes, unpack_u32
+from weft.errors import DecodeError, WeftError
+from weft.messages import BlockData, BlockGet, BlockHas, BlockHash, BlockHasReply, BlockPut
+from worker_svc.engine_io import BlocksLoaded, EngineThread, LoadWanted
+from worker_svc.shards import cache_key, group_by_shard
+
+log = logging.getLogger(__name__)
+
+MESSAGE_BYTES: Final = 2**20  # of blocks in one message, unless one block is larger
+WINDOW: Final = 4  # messages with blocks under way at once
+MAX_QUEUED_BYTES: Final = 64 * 2**20
+MAX_BATCH_BYTES: Final = 16 * 2**20
+PUT_TIMEOUT_S: Final = 5.0
+LOAD_LIMIT_S: Final = 2.0
+# What a message carries besides blocks, with room to spare.
+_OVERHEAD_BYTES: Final = 64 * 2**10
+_RATE_WEIGHT: Final = 0.3  # of the newest measurement
+
+
+@dataclass(slots=True)
+class KvCounters:
+    """Blocks, unless said otherwise, since start."""
+
+    offload_offered: int = 0
+    offload_sent: int = 0
+    offload_already_held: int = 0
+    offload_dropped: int = 0  # the queue was full, or there was no cache service
+    offload_failed: int = 0  # not answered, or refused
+    loads: int = 0  # requests that asked
+    load_wanted: int = 0
+    load_got: int = 0
+    load_bytes: int = 0
+    load_failed: int = 0  # messages not answered in time, or refused
+    load_corrupt: int = 0
+
+
+class KvTransfer:
+    """One worker's way to the cache service."""
+
+    def __init__(self, bus: Bus, engine: EngineThread, *, load_limit_s: float = LOAD_LIMIT_S) -> None:
+        self._bus = bus
+        self._engine = engine
+        self._load_limit_s = load_limit_s
+        self._shards: list[str] = []
+        self._queue: deque[tuple[BlockHash, bytes]] = deque()
+        self._queued_bytes = 0
+        self._wake = asyncio.Event()
+        self._window = asyncio.Semaphore(WINDOW)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._counters = KvCounters()
+
+    async def start(self) -> None:
+        await self._bus.connect()
+        self._spawn(self._offload_forever())
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._bus.close()
+
+    def set_shards(self, shards: Iterable[str]) -> None:
+        """Say which cache instances are ready."""
+        fits = 0 < self._engine.block_bytes <= limits.MAX_MESSAGE_BYTES - _OVERHEAD_BYTES
+        self._shards = sorted(shards) if fits else []
+        self._engine.remote_cache_available = bool(self._shards)
+
+    def offload(self, blocks: Sequence[tuple[BlockHash, bytes]]) -> None:
+        """Queue blocks for the cache service; drops what the queue has no room for. Never waits."""
+        self._counters.offload_offered += len(blocks)
+        for block_hash, data in blocks:
+            if not self._shards or self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
+                self._counters.offload_dropped += 1
+                continue
+            self._queue.append((block_hash, data))
+            self._queued_bytes += len(data)
+            self._wake.set()
+
+    def load(self, wanted: LoadWanted) -> None:
+        """Load blocks in the background; `engine.submit(BlocksLoaded)` within the limit, whatever comes of it."""
+        self._spawn(self._load(wanted))
+
+    def stats(self) -> dict[str, float]:
+        found = {item.name: float(getattr(self._counters, item.name)) for item in fields(self._counters)}
+        return found | {
+            "shards": float(len(self._shards)),
+            "offload_queued_bytes": float(self._queued_bytes),
+            "load_bytes_per_s": self._engine.load_bytes_per_s,
+        }
+
+    # ---- offload ----
+
+    async def _offload_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                try:
+                    await self._put_batch(self._next_batch())
+                except Exception:
+                    # One bad batch must not end the offload.
+                    log.exception("offload failed")
+
+    def _next_batch(self) -> list[tuple[BlockHash, bytes]]:
+        batch: list[tuple[BlockHash, bytes]] = []
+        size = 0
+        while self._queue and size < MAX_BATCH_BYTES:
+            batch.append(self._queue.popleft())
+            size += len(batch[-1][1])
+        self._queued_bytes -= size
+        return batch
+
+    async def _put_batch(self, batch: list[tuple[BlockHash, bytes]]) -> None:
+        if not self._shards:
+            self._counters.offload_dropped += len(batch)
+            return
+        blocks = {cache_key(self._engine.layout, block_hash): data for block_hash, data in batch}
+        groups = group_by_shard(blocks, self._shards)
+        await asyncio.gather(*[self._put_to(shard, keys, blocks) for shard, keys in groups.items()])
+
+    async def _put_to(self, shard: str, keys: list[bytes], blocks: dict[bytes, bytes]) -> None:
+        try:
+            held = await self._has(shard, keys, PUT_TIMEOUT_S)
+        except WeftError:
+            self._counters.offload_failed += len(keys)
+            return
+        self._counters.offload_already_held += len(held)
+        missing = [key for key in keys if key not in held]
+        await asyncio.gather(*[self._put(shard, piece, blocks) for piece in self._pieces(missing)])
+
+    async def _put(self, shard: str, keys: list[bytes], blocks: dict[bytes, bytes]) -> None:
+        data = [blocks[key] for key in keys]
+        async with self._window:
+            checksums = await asyncio.to_thread(_checksums, data)
+            message = BlockPut(b"".join(keys), data, pack_u32(checksums))
+            try:
+                reply = await self._bus.ask(subjects.cache(shard), message, BlockHasReply, timeout_s=PUT_TIMEOUT_S)
+            except WeftError:
+                self._counters.offload_failed += len(keys)
+                return
+        kept = min(sum(map(bool, reply.held)), len(keys))
+        self._counters.offload_sent += kept
+        self._counters.offload_failed += len(keys) - kept
+
+    # ---- load ----
+
+    async def _load(self, wanted: LoadWanted) -> None:
+        blocks: list[bytes] = []
+        try:
+            blocks = await self._fetch(wanted.hashes)
+        except Exception:
+            # The request waits for an answer.
+            log.exception("load failed", extra={"request_id": wanted.request_id})
+        self._engine.submit(BlocksLoaded(wanted.request_id, wanted.epoch, wanted.hashes[: len(blocks)], tuple(blocks)))
+
+    async def _fetch(self, hashes: Sequence[BlockHash]) -> list[bytes]:
+        """The longest unbroken run of blocks, from the first on, that could be had in time."""
+        now = asyncio.get_running_loop().time
+        deadline = now() + self._load_limit_s
+        self._counters.loads += 1
+        self._counters.load_wanted += len(hashes)
+        keys = [cache_key(self._engine.layout, block_hash) for block_hash in hashes]
+        shards = self._shards
+        if not shards:
+            return []
+        answers = [self._held_by(shard, own, deadline) for shard, own in group_by_shard(keys, shards).items()]
+        keys = _unbroken(keys, set[bytes]().union(*await asyncio.gather(*answers)))
+        began = now()
+        found: dict[bytes, bytes] = {}
+        pieces = [(shard, piece) for shard, own in group_by_shard(keys, shards).items() for piece in self._pieces(own)]
+        # What stands first in the prompt is asked for first, in case the time does not suffice.
+        position = {key: i for i, key in enumerate(keys)}
+        pieces.sort(key=lambda pair: position[pair[1][0]])
+        await asyncio.gather(*[self._get(shard, piece, found, deadline) for shard, piece in pieces])
+        self._measure(sum(map(len, found.values())), now() - began)
+        got = _unbroken(keys, found)
+        self._counters.load_got += len(got)
+        return [found[key] for key in got]
+
+    async def _held_by(self, shard: str, keys: list[bytes], deadline: float) -> set[bytes]:
+        try:
+            return await self._has(shard, keys, _remaining(deadline))
+        except WeftError:
+            self._counters.load_failed += 1
+            return set()
+
+    async def _get(self, shard: str, keys: list[bytes], found: dict[bytes, bytes], deadline: float) -> None:
+        """Ask for blocks and put those that are whole into `found`."""
+        size = self._engine.block_bytes
+        async with self._window:
+            message = BlockGet(b"".join(keys), len(keys) * size)
+            try:
+                reply = await self._bus.ask(subjects.cache(shard), message, BlockData, timeout_s=_remaining(deadline))
+            except WeftError:
+                self._counters.load_failed += 1
+                return
+            checksums = await asyncio.to_thread(_checksums, reply.blocks)
+        expected = unpack_u32(reply.checksums)
+        for key, data, checksum, right in zip(split_hashes(reply.keys), reply.blocks, checksums, expected, strict=True):
+            if checksum == right and len(data) == size and key in keys:
+                found[key] = data
+            else:
+                self._counters.load_corrupt += 1
+
+    def _measure(self, size: int, seconds: float) -> None:
+        self._counters.load_bytes += size
+        if size:
+            rate, before = size / max(seconds, 1e-6), self._engine.load_bytes_per_s
+            self._engine.load_bytes_per_s = before + _RATE_WEIGHT * (rate - before) if before else rate
+
+    # ---- both ----
+
+    async def _has(self, shard: str, keys: list[bytes], timeout_s: float) -> set[bytes]:
+        """Which of the keys the shard holds. Raises WeftError if it does not say."""
+        reply = await self._bus.ask(subjects.cache(shard), BlockHas(b"".join(keys)), BlockHasReply, timeout_s=timeout_s)
+        if len(reply.held) != len(keys):
+            raise DecodeError(f"{shard} was asked for {len(keys)} keys and answered for {len(reply.held)}")
+        return {key for key, held in zip(keys, reply.held, strict=True) if held}
+
+    def _pieces(self, keys: list[bytes]) -> list[list[bytes]]:
+        """Cut keys so that the blocks of each piece fit into one message."""
+        width = max(1, MESSAGE_BYTES // self._engine.block_bytes)
+        return [keys[i : i + width] for i in range(0, len(keys), width)]
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _unbroken(keys: list[bytes], found: Container[bytes]) -> list[bytes]:
+    """The keys before the first that is not in `found`."""
+    return list(takewhile(lambda key: key in found, keys))
+
+
+def _checksums(blocks: Iterable[bytes]) -> list[int]:
+    return [zlib.crc32(block) for block in blocks]
+
+
+def _remaining(deadline: float) -> float:
+    return max(0.001, deadline - asyncio.get_running_loop().time())

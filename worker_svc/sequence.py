@@ -1,0 +1,92 @@
+"""A sequence: one choice of a request as the engine sees it, tokens of which some are computed and some are not.
+
+A prompt, the tokens that a stream emitted before a recovery, and the tokens that a preempted sequence must compute
+again are all the same here: tokens beyond `num_computed_tokens`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from weft.columns import pack_u32
+from weft.hashing import BLOCK_SIZE, next_hash
+from weft.messages import BlockHash, SamplingParams
+
+
+class State(enum.Enum):
+    WAITING = "waiting"  # for admission, or for its request's first sequence to compute the prompt
+    LOADING = "loading"  # for blocks from the cache service
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What the sequences of one request share."""
+
+    request_id: str
+    gateway: str
+    epoch: int
+    live: list[Sequence] = field(default_factory=list)  # those that have not ended
+    # Siblings of the first sequence (n > 1): they wait until it has computed the prompt whose blocks they share.
+    parked: list[Sequence] = field(default_factory=list)
+    is_started: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice.
+
+    Ownership of its KV: positions [0, num_computed_tokens) are written in the blocks of `block_table`; the first
+    `num_committed_blocks` blocks are full, carry a hash and are never written again; the rest are this sequence's
+    alone.
+    """
+
+    request: Request
+    arrival: int  # grows with every sequence taken in
+    slot: int
+    seed: int
+    sampling: SamplingParams
+    token_ids: list[int]  # prompt, then completion
+    num_prompt_tokens: int
+    end_length: int  # tokens at which it ends with `length`
+    stop_ids: frozenset[int]
+    # What block 0 is chained to; None for a sequence whose blocks are shared with nobody.
+    root: BlockHash | None
+    hashes: list[BlockHash]  # of the full blocks of `token_ids`, as far as they are known
+    state: State = State.WAITING
+    num_computed_tokens: int = 0
+    num_committed_blocks: int = 0
+    num_cached_tokens: int = 0  # found at its last admission
+    block_table: list[int] = field(default_factory=list)
+    admitted_at: float | None = None  # seconds, monotonic; the first time
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Index in the completion of the token that comes next."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def extend_hashes(self) -> list[BlockHash]:
+        """Continue the chain over every full block of `token_ids`, and return it. Mutates: `hashes`."""
+        if self.root is None:
+            return self.hashes
+        for start in range(len(self.hashes) * BLOCK_SIZE, len(self.token_ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
+            parent = self.hashes[-1] if self.hashes else self.root
+            self.hashes.append(next_hash(parent, pack_u32(self.token_ids[start : start + BLOCK_SIZE])))
+        return self.hashes
+
+    def release(self) -> list[int]:
+        """Give up all blocks and what was computed; its tokens stay. The caller frees the blocks returned."""
+        blocks, self.block_table = self.block_table, []
+        self.num_computed_tokens = self.num_committed_blocks = 0
+        return blocks
+
+
+def blocks_for(num_tokens: int) -> int:
+    """Blocks that hold `num_tokens`."""
+    return -(-num_tokens // BLOCK_SIZE)
