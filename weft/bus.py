@@ -8,6 +8,7 @@ functions, called in order, which must not block; what a handler cannot do at on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -18,6 +19,7 @@ import nats
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from weft import codec, limits, subjects
 from weft.errors import (
@@ -77,6 +79,7 @@ class Bus:
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
+        self._subscriptions: dict[str, Subscription] = {}
         self._denied: list[str] = []
         self._closing = False
 
@@ -112,8 +115,10 @@ class Bus:
                     closed_cb=self._on_closed,
                 )
         except TimeoutError:
+            # A wrong password looks the same from here: nats-py tries again and again.
+            last = f", last answer: {self._client.last_error}" if self._client.last_error else ""
             raise Unavailable(
-                f"no NATS server at {self._settings.nats_url} within {self._settings.startup_s:g} s"
+                f"no NATS server at {self._settings.nats_url} within {self._settings.startup_s:g} s{last}"
             ) from None
         except nats.errors.Error as error:
             raise SettingsError(f"NATS at {self._settings.nats_url} refused {self.role}: {error}") from error
@@ -163,7 +168,23 @@ class Bus:
             if message is not None:
                 self._guard(handler, message)
 
-        await self._client.subscribe(subject, queue=queue, cb=receive, pending_msgs_limit=max_pending)
+        self._subscriptions[subject] = await self._client.subscribe(
+            subject, queue=queue, cb=receive, pending_msgs_limit=max_pending
+        )
+
+    async def leave(self, subject: str) -> None:
+        """Take nothing more from a subject given to `on`; returns when what had arrived has been handled.
+
+        A member of a queue group that drains begins with this: what is sent from now on goes to the others.
+        """
+        subscription = self._subscriptions.pop(subject, None)
+        if subscription is not None and self.connected:
+            with contextlib.suppress(nats.errors.Error, TimeoutError):
+                await self._client._send_unsubscribe(subscription._id)
+                # As in `flush`: nats-py's own drain would stop listening before the server has heard of it.
+                await self._client.flush(timeout=5)
+                await self._client.flush(timeout=5)
+                await subscription.drain()  # type: ignore[no-untyped-call]
 
     async def on_returned(self, handler: Callable[[Returned, WeftError], None]) -> None:
         """Call `handler` for every hop of ours that came back: nobody listened, or it was refused."""
@@ -336,8 +357,9 @@ class Bus:
             log.debug("NATS error", extra={"error": repr(error)})
 
     async def _on_disconnect(self) -> None:
-        self.stats.disconnects += 1
-        log.warning("NATS connection lost")
+        if not self._closing:
+            self.stats.disconnects += 1
+            log.warning("NATS connection lost")
 
     async def _on_reconnected(self) -> None:
         log.warning("NATS connection restored")

@@ -41,7 +41,9 @@ def run(argv: Sequence[str]) -> int:
         sys.stderr.write(f"weft: no command {name!r}; {hint}\n")
         return BAD_USAGE
     try:
-        return _command(name)(argv[1:])
+        status = _command(name)(argv[1:])
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -1,8 +1,8 @@
 """The folder of one `weft up`: log files, what other commands need to reach it, and the cache's disk tier.
 
-<folder>/logs/<instance>.log   what each process says; the run before is kept as .log.1
-<folder>/run/                  only its owner may look: NATS's configuration and `weft.json`, for `weft drain | top`
-<folder>/kv/                   KV blocks on disk
+`logs/<instance>.log` is what each process says; that of the run before is kept as `.log.1`. `run/` holds NATS's
+configuration and `weft.json`, from which `weft top` and `weft drain` know where the bus is; `kv/` holds KV blocks.
+Both are for their owner's eyes alone: passwords in the one, what was asked and answered in the other.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def take(path: str) -> tuple[DataFolder, int]:
     try:
         for part in (folder.logs, folder.kv, folder.run):
             part.mkdir(parents=True, exist_ok=True)
-        folder.run.chmod(0o700)
+        for private in (folder.run, folder.kv):
+            private.chmod(0o700)
         lock = os.open(folder.run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise SettingsError(f"the data folder {folder.root} cannot be used: {error.strerror or error}") from error

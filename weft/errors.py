@@ -3,6 +3,7 @@
     WeftError
     ├── InvalidRequest       400  the client's fault; `param` names the field
     │   ├── PayloadTooLarge  413  larger than a stated limit
+    │   ├── ContextLengthExceeded  400  prompt and completion are longer than the model's context
     │   └── NotFound         404  no such model or route
     ├── Unauthorized         401  no key, or one that is not known
     ├── Overloaded           429  admission said no; `retry_after_s` says when to come back
@@ -46,6 +47,10 @@ class InvalidRequest(WeftError):
 class PayloadTooLarge(InvalidRequest):
     code = "payload_too_large"
     http_status = 413
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
 
 
 class NotFound(InvalidRequest):
@@ -101,6 +106,7 @@ _BY_CODE: dict[str, type[WeftError]] = {
     for cls in (
         InvalidRequest,
         PayloadTooLarge,
+        ContextLengthExceeded,
         NotFound,
         Unauthorized,
         Overloaded,

@@ -94,7 +94,9 @@ class TokenizerSettings:
     mesh: MeshSettings
     model: ModelSettings
     template_deadline_s: float = setting(1.0, "Longest time that rendering a chat template may take.", ge=0.01)
-    tokenizer_threads: int = setting(1, "Threads for prompts too long to tokenize between two other requests.", ge=1, le=64)
+    tokenizer_threads: int = setting(
+        1, "Threads for prompts too long to tokenize between two other requests.", ge=1, le=64
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,30 @@ class UpSettings:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """Talk to a running mesh in the terminal; what is not given is as the model's makers advise."""
+
+    url: str = setting("", "Address of the gateway; that of the `weft up` that runs here if empty.")
+    api_key: str = setting("", "API key, for a gateway that asks for one.", secret=True)
+    model: str = setting("", "Model to talk to; the first that the gateway serves if empty.")
+    system: str = setting("", "System message that begins every conversation.")
+    temperature: float | None = setting(None, "0 for the likeliest words, more for surprises.", ge=0, le=100)
+    max_tokens: int | None = setting(None, "Longest answer, in tokens.", ge=1)
+    data_path: str = setting("", "Data folder of the `weft up` to talk to; ~/.cache/weft if empty.")
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSettings:
+    """How `weft top` and `weft drain` reach a mesh: on its bus."""
+
+    nats_url: str = setting("", "NATS server of the mesh; that of the `weft up` that runs here if empty.")
+    nats_user: str = setting("", "NATS user with an operator's rights; empty for a server without accounts.")
+    nats_password: str = setting("", "Password of that user.", secret=True)
+    data_path: str = setting("", "Data folder of the `weft up` to look at; ~/.cache/weft if empty.")
+    once: bool = setting(False, "Show one table and end, as is done without a terminal (`weft top`).")
+
+
 # Every settings class: a `WEFT_*` variable that none of them knows is a mistake.
 ALL_SETTINGS: tuple[type, ...] = (
     GatewaySettings,
@@ -174,6 +200,8 @@ ALL_SETTINGS: tuple[type, ...] = (
     WorkerSettings,
     CacheSettings,
     UpSettings,
+    ChatSettings,
+    OperatorSettings,
 )
 
 
@@ -209,7 +237,9 @@ def declared(cls: type) -> list[Declared]:
             assert isinstance(kind, type)
             found += [dataclasses.replace(inner, path=(item.name, *inner.path)) for inner in declared(kind)]
         else:
-            found.append(Declared((item.name,), kind, item.default, item.metadata))
+            # `float | None`: a number that may be left out.
+            plain = next(arg for arg in (*typing.get_args(kind), kind) if arg is not type(None))
+            found.append(Declared((item.name,), plain, item.default, item.metadata))
     return found
 
 
@@ -260,7 +290,8 @@ def parse_size(text: str) -> int:
 
 def to_environ(settings: Any) -> dict[str, str]:
     """The environment variables from which `load` reads these very settings, for a child process."""
-    return {item.variable: str(functools.reduce(getattr, item.path, settings)) for item in declared(type(settings))}
+    values = {item.variable: functools.reduce(getattr, item.path, settings) for item in declared(type(settings))}
+    return {variable: str(value) for variable, value in values.items() if value is not None}
 
 
 def _parse_plain(kind: type, text: str) -> Any:
@@ -312,7 +343,8 @@ def _parser(cls: type, settings: Sequence[Declared], prog: str) -> argparse.Argu
         title = item.path[-2] if len(item.path) > 1 else "settings"
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        shown = f"{item.metadata['help']} (default: {item.default!r})" if item.default != "" else item.metadata["help"]
+        given = item.default not in ("", None)
+        shown = item.metadata["help"] + (f" (default: {item.default!r})" if given else "")
         groups[title].add_argument(
             item.flag,
             dest=item.name,

@@ -107,8 +107,10 @@ def _line(child: Child, now: float) -> str:
     match child.state:
         case "ready":
             return f"  ✓ {name} ready     {child.ready_at - child.since:5.1f} s"
-        case "waiting" | "ended":
+        case "waiting":
             return f"  ✗ {name} died, to be started again"
+        case "ended":
+            return f"  · {name} ended"
         case _:
             doing = "starting" if child.epoch is None or child.spec.role != "worker" else "loading"
             # Nothing has begun before the NATS server is up.

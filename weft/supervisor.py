@@ -244,7 +244,7 @@ class Supervisor:
         child.process, child.state, child.since, child.epoch = process, "starting", time.monotonic(), None
         child.ready_at = 0.0
         if self._stopping.is_set():
-            process.kill()
+            self._signal(child, signal.SIGKILL)
         log.info("started", extra={"child": child.spec.name, "pid": process.pid})
         return process
 
@@ -293,14 +293,21 @@ class Supervisor:
     # ---- news from the bus -------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Follow the heartbeats, and end children that beat no more. Ends by being cancelled."""
+        """Follow the heartbeats, and end children that beat no more, until all is to stop."""
         self._bus = bus = Bus(self._bus_settings(), "supervisor", f"supervisor-{os.getpid()}")
         await bus.connect()
         bus.on_reconnect.append(self._on_reconnect)
+        closed = asyncio.Event()
+        bus.on_closed.append(closed.set)
         await bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_beat)
         await bus.flush()
-        while True:
-            await asyncio.sleep(min(1.0, self._hung_s / 4))
+        # nats-py may swallow the cancellation of `connect`: the loop's end cannot depend on it.
+        while not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(1.0, self._hung_s / 4)):
+                    await self._stopping.wait()
+            if closed.is_set():
+                raise StartFailed("NATS closed the connection for good")
             if bus.connected:
                 self._end_hung(time.monotonic())
             for child in self.children:
@@ -349,7 +356,7 @@ class Supervisor:
             if child.state == "ready" and child.process and now - child.last_beat > self._hung_s:
                 name = child.spec.name
                 self._tell(News(name, f"{name} has not been heard of for {self._hung_s:g} s; ending it", "trouble"))
-                child.process.kill()
+                self._signal(child, signal.SIGKILL)
                 child.state = "ended"
 
     # ---- the end -----------------------------------------------------------------------------------------------------
@@ -385,9 +392,10 @@ class Supervisor:
         await ended
 
     def _signal(self, child: Child, number: signal.Signals) -> None:
-        if child.process:
+        # Not `send_signal`: it may reap the process before asyncio does, and the exit status is lost.
+        if child.process and child.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                child.process.send_signal(number)
+                os.kill(child.process.pid, number)
 
 
 def nats_spec(folder: DataFolder) -> ChildSpec:

@@ -37,6 +37,8 @@ BAD_SETTINGS: Final = 2
 FAILED: Final = 1
 INTERRUPTED: Final = 130
 FOLLOW_INTERVAL_S: Final = 0.1
+# How long the gateway may take to find its model before the user is told what it waits for.
+PATIENCE_S: Final = 5.0
 EXAMPLE: Final = "Tell me a tale about a fox"
 _MODULES: Final[Mapping[Role, str]] = {
     "gateway": "gateway",
@@ -163,7 +165,7 @@ async def _run(settings: UpSettings, plan: Plan, folder: DataFolder, out: TextIO
     try:
         with view:
             running = asyncio.create_task(supervisor.run())
-            ready = asyncio.create_task(supervisor.ready.wait())
+            ready = asyncio.create_task(_until_served(supervisor, settings, view))
             await asyncio.wait((running, ready), return_when=asyncio.FIRST_COMPLETED)
             ready.cancel()
         if not running.done():
@@ -175,6 +177,33 @@ async def _run(settings: UpSettings, plan: Plan, folder: DataFolder, out: TextIO
             follower.cancel()
         folder.clear_run()
     return INTERRUPTED if signals.count > 1 else 0
+
+
+async def _until_served(supervisor: Supervisor, settings: UpSettings, view: View) -> None:
+    """Return when all processes are ready and, if there are workers, the gateway has found a model to serve."""
+    await supervisor.ready.wait()
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.gateway.host, settings.gateway.host)
+    patience_ends = time.monotonic() + PATIENCE_S
+    while settings.workers:
+        answer = await _ask_ready(host, settings.gateway.port)
+        if answer.startswith("200 "):
+            return
+        if time.monotonic() > patience_ends:
+            view.say(f"All processes run, but the gateway is not ready: {answer or 'it does not answer'}")
+            patience_ends = float("inf")
+        await asyncio.sleep(0.05)
+
+
+async def _ask_ready(host: str, port: int) -> str:
+    """The gateway's answer to GET /ready, "200 {…}"; empty if there is none."""
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(PATIENCE_S):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(f"GET /ready HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            head, _, body = (await reader.read()).decode(errors="replace").partition("\r\n\r\n")
+            writer.close()
+            return f"{head[9:12]} {body.strip()}"
+    return ""
 
 
 class _Signals:

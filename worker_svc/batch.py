@@ -16,6 +16,7 @@ from typing import Final
 
 from weft.errors import InvalidRequest
 from weft.hashing import BLOCK_SIZE
+from weft.messages import BlockHash
 from worker_svc.blocks import BlockPool
 from worker_svc.sequence import Sequence, State, blocks_for
 
@@ -51,6 +52,7 @@ class _Draft:
     now: float
     token_budget: int
     scheduled: dict[Sequence, int] = field(default_factory=dict)
+    computing: set[BlockHash] = field(default_factory=set)  # of the blocks that prefills fill in this step
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     rejected: list[tuple[Sequence, InvalidRequest]] = field(default_factory=list)
@@ -116,6 +118,9 @@ def _schedule(draft: _Draft, sequence: Sequence, room: int) -> None:
         sequence.block_table += draft.pool.allocate(missing)
     draft.scheduled[sequence] = count
     draft.token_budget -= count
+    if count > 1:
+        filled = (sequence.num_computed_tokens + count) // BLOCK_SIZE
+        draft.computing.update(sequence.hashes[sequence.num_committed_blocks : filled])
 
 
 def _preempt(draft: _Draft, sequence: Sequence) -> None:
@@ -136,10 +141,22 @@ def _reject(draft: _Draft, sequence: Sequence) -> None:
 
 
 def _admit_chunked(draft: _Draft) -> None:
-    """Continuous batching: whoever is first in line starts as soon as there are a place, budget and blocks."""
+    """Continuous batching: whoever is first in line starts as soon as there are a place, budget and blocks.
+
+    It waits a step if this one computes the very block it lacks: the choices of a request with n > 1, and requests
+    that arrive together with one long prefix, thus compute it once.
+    """
     while draft.waiting and draft.token_budget and len(draft.running) < draft.limits.max_num_seqs:
-        if not _admit(draft):
+        if _lacks_what_is_computed(draft, draft.waiting[0]) or not _admit(draft):
             return
+
+
+def _lacks_what_is_computed(draft: _Draft, sequence: Sequence) -> bool:
+    if not draft.computing:
+        return False
+    hashes = sequence.extend_hashes()
+    num_hits = len(draft.pool.lookup(hashes))
+    return num_hits < len(hashes) and hashes[num_hits] in draft.computing
 
 
 def _admit_static(draft: _Draft) -> None:

@@ -99,6 +99,7 @@ class EngineLoad:
     num_free_blocks: int = 0  # free or only cached
     num_steps: int = 0
     num_preemptions: int = 0
+    num_violations: int = 0  # of the block pool's books, found while idle: a bug
     num_prompt_tokens: int = 0  # since start, as are the two below
     num_cached_tokens: int = 0
     num_output_tokens: int = 0

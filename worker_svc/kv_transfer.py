@@ -27,12 +27,13 @@ log = logging.getLogger(__name__)
 
 MESSAGE_BYTES: Final = 2**20  # of blocks in one message, unless one block is larger
 WINDOW: Final = 4  # messages with blocks under way at once
-MAX_QUEUED_BYTES: Final = 64 * 2**20
+MAX_QUEUED_BYTES: Final = 64 * 2**20  # to be offloaded
+MAX_LOADING_BYTES: Final = 512 * 2**20  # of all requests that load at the same time
 MAX_BATCH_BYTES: Final = 16 * 2**20
 PUT_TIMEOUT_S: Final = 5.0
 LOAD_LIMIT_S: Final = 2.0
-# What a message carries besides blocks, with room to spare.
-_OVERHEAD_BYTES: Final = 64 * 2**10
+# What a message carries besides blocks; the cache service leaves as much.
+_OVERHEAD_BYTES: Final = 2**20
 _RATE_WEIGHT: Final = 0.3  # of the newest measurement
 
 
@@ -56,15 +57,28 @@ class KvCounters:
 class KvTransfer:
     """One worker's way to the cache service."""
 
-    def __init__(self, bus: Bus, engine: EngineThread, *, load_limit_s: float = LOAD_LIMIT_S) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        engine: EngineThread,
+        *,
+        load_limit_s: float = LOAD_LIMIT_S,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+        max_loading_bytes: int = MAX_LOADING_BYTES,
+    ) -> None:
         self._bus = bus
         self._engine = engine
         self._load_limit_s = load_limit_s
+        self._max_queued_bytes = max_queued_bytes
+        self._max_loading_bytes = max_loading_bytes
+        self._loading_bytes = 0
         self._shards: list[str] = []
         self._queue: deque[tuple[BlockHash, bytes]] = deque()
         self._queued_bytes = 0
         self._wake = asyncio.Event()
-        self._window = asyncio.Semaphore(WINDOW)
+        # Of their own each: a put that waits for a dead shard must not use up a load's time.
+        self._put_window = asyncio.Semaphore(WINDOW)
+        self._get_window = asyncio.Semaphore(WINDOW)
         self._tasks: set[asyncio.Task[None]] = set()
         self._counters = KvCounters()
 
@@ -88,7 +102,7 @@ class KvTransfer:
         """Queue blocks for the cache service; drops what the queue has no room for. Never waits."""
         self._counters.offload_offered += len(blocks)
         for block_hash, data in blocks:
-            if not self._shards or self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
+            if not self._shards or self._queued_bytes + len(data) > self._max_queued_bytes:
                 self._counters.offload_dropped += 1
                 continue
             self._queue.append((block_hash, data))
@@ -149,7 +163,7 @@ class KvTransfer:
 
     async def _put(self, shard: str, keys: list[bytes], blocks: dict[bytes, bytes]) -> None:
         data = [blocks[key] for key in keys]
-        async with self._window:
+        async with self._put_window:
             checksums = await asyncio.to_thread(_checksums, data)
             message = BlockPut(b"".join(keys), data, pack_u32(checksums))
             try:
@@ -174,8 +188,7 @@ class KvTransfer:
 
     async def _fetch(self, hashes: Sequence[BlockHash]) -> list[bytes]:
         """The longest unbroken run of blocks, from the first on, that could be had in time."""
-        now = asyncio.get_running_loop().time
-        deadline = now() + self._load_limit_s
+        deadline = asyncio.get_running_loop().time() + self._load_limit_s
         self._counters.loads += 1
         self._counters.load_wanted += len(hashes)
         keys = [cache_key(self._engine.layout, block_hash) for block_hash in hashes]
@@ -184,17 +197,27 @@ class KvTransfer:
             return []
         answers = [self._held_by(shard, own, deadline) for shard, own in group_by_shard(keys, shards).items()]
         keys = _unbroken(keys, set[bytes]().union(*await asyncio.gather(*answers)))
-        began = now()
-        found: dict[bytes, bytes] = {}
+        # What there is no memory for is computed.
+        keys = keys[: (self._max_loading_bytes - self._loading_bytes) // self._engine.block_bytes]
+        self._loading_bytes += len(keys) * self._engine.block_bytes
+        try:
+            found = await self._get_all(keys, shards, deadline)
+        finally:
+            self._loading_bytes -= len(keys) * self._engine.block_bytes
+        got = _unbroken(keys, found)
+        self._counters.load_got += len(got)
+        return [found[key] for key in got]
+
+    async def _get_all(self, keys: list[bytes], shards: list[str], deadline: float) -> dict[bytes, bytes]:
         pieces = [(shard, piece) for shard, own in group_by_shard(keys, shards).items() for piece in self._pieces(own)]
         # What stands first in the prompt is asked for first, in case the time does not suffice.
         position = {key: i for i, key in enumerate(keys)}
         pieces.sort(key=lambda pair: position[pair[1][0]])
+        found: dict[bytes, bytes] = {}
+        began = asyncio.get_running_loop().time()
         await asyncio.gather(*[self._get(shard, piece, found, deadline) for shard, piece in pieces])
-        self._measure(sum(map(len, found.values())), now() - began)
-        got = _unbroken(keys, found)
-        self._counters.load_got += len(got)
-        return [found[key] for key in got]
+        self._measure(sum(map(len, found.values())), asyncio.get_running_loop().time() - began)
+        return found
 
     async def _held_by(self, shard: str, keys: list[bytes], deadline: float) -> set[bytes]:
         try:
@@ -205,8 +228,8 @@ class KvTransfer:
 
     async def _get(self, shard: str, keys: list[bytes], found: dict[bytes, bytes], deadline: float) -> None:
         """Ask for blocks and put those that are whole into `found`."""
-        size = self._engine.block_bytes
-        async with self._window:
+        size, asked = self._engine.block_bytes, set(keys)
+        async with self._get_window:
             message = BlockGet(b"".join(keys), len(keys) * size)
             try:
                 reply = await self._bus.ask(subjects.cache(shard), message, BlockData, timeout_s=_remaining(deadline))
@@ -216,7 +239,7 @@ class KvTransfer:
             checksums = await asyncio.to_thread(_checksums, reply.blocks)
         expected = unpack_u32(reply.checksums)
         for key, data, checksum, right in zip(split_hashes(reply.keys), reply.blocks, checksums, expected, strict=True):
-            if checksum == right and len(data) == size and key in keys:
+            if checksum == right and len(data) == size and key in asked:
                 found[key] = data
             else:
                 self._counters.load_corrupt += 1

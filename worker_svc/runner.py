@@ -5,11 +5,31 @@ Knows tokens, positions and slots; what they belong to, and why, is the engine's
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
 
 import torch
 
+from weft.errors import DecodeError, SettingsError
+from weft.hashing import BLOCK_SIZE
 from weft.model_folder import ModelFolder
+from worker_svc.attention import group_sequences, plan_group
+from worker_svc.models import read_spec
+from worker_svc.models.decoder import Batch, Decoder
+from worker_svc.weights import Checkpoint
+
+log = logging.getLogger(__name__)
+
+# Fewer blocks could not hold one request worth the name.
+MIN_BLOCKS: Final = 4
+# What torch would use by itself: the cores that this process may use. Read before anyone changes it.
+DEFAULT_THREADS: Final = torch.get_num_threads()
+# A share of the cores for the mesh's other processes: one of each eight, at least one.
+CORES_PER_MESH_CORE: Final = 8
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +48,6 @@ class StepInput:
 class Runner:
     """A loaded model with its KV cache."""
 
-    vocab_size: int
-    num_blocks: int
-    max_model_len: int
-    block_bytes: int
-    device: torch.device
-    layout: bytes
-
     def __init__(
         self,
         folder: ModelFolder,
@@ -43,23 +56,164 @@ class Runner:
         dtype: str,
         kv_memory: int,
         threads: int,
-        max_num_batched_tokens: int,
-        max_num_seqs: int,
     ) -> None:
-        raise NotImplementedError
+        """Load the weights and allocate the KV cache.
 
+        Args:
+            device: "auto", "cpu" or "cuda".
+            dtype: of weights and KV; "auto" is float32 on the CPU, else what the config says.
+            kv_memory: bytes.
+            threads: of the CPU; 0 leaves the mesh its share.
+
+        Raises:
+            SettingsError: names what in the folder or the settings does not work.
+        """
+        self.device = resolve_device(device)
+        self._dtype = resolve_dtype(dtype, folder, self.device)
+        torch.set_num_threads(resolve_threads(threads, DEFAULT_THREADS))
+        spec = read_spec(folder)
+        with torch.inference_mode(), Checkpoint(folder.path) as checkpoint:
+            self._decoder = Decoder(spec, checkpoint, self._dtype, self.device)
+        self._windows = sorted(set(spec.windows), key=lambda window: window or 0)
+        self.vocab_size = spec.vocab_size
+        self._key_bytes = 2 * spec.num_kv_heads * spec.head_dim * self._dtype.itemsize
+        self.block_bytes = spec.num_layers * BLOCK_SIZE * self._key_bytes
+        self.num_blocks = count_blocks(kv_memory, self.block_bytes)
+        self.max_model_len = min(folder.max_model_len, self.num_blocks * BLOCK_SIZE)
+        self.layout = (
+            f"weft kv 1: {str(self._dtype).removeprefix('torch.')}, {spec.num_layers} layers, k (interleaved) and v, "
+            f"{spec.num_kv_heads} heads, {BLOCK_SIZE} slots of {spec.head_dim}"
+        ).encode()
+        self._kv_cache = torch.zeros(
+            (spec.num_layers, 2 * spec.num_kv_heads, self.num_blocks * BLOCK_SIZE, spec.head_dim),
+            dtype=self._dtype,
+            device=self.device,
+        )
+        log.info(
+            "model loaded",
+            extra={
+                "model": folder.name,
+                "device": self.device.type,
+                "dtype": str(self._dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+                "kv_tokens": self.num_blocks * BLOCK_SIZE,
+                "max_model_len": self.max_model_len,
+            },
+        )
+
+    @torch.inference_mode()
     def forward(self, step: StepInput) -> torch.Tensor:
-        """Compute the step. Returns logits: [len(logit_rows), V] float32, on the device."""
-        raise NotImplementedError
+        """Compute the step and write its K and V. Returns logits: [len(logit_rows), V] float32, on the device."""
+        return self._decoder.forward(self._make_batch(step), self._kv_cache)
 
+    @torch.inference_mode()
     def copy_block(self, source: int, target: int) -> None:
         """Copy all layers of a block (copy-on-write)."""
-        raise NotImplementedError
+        blocks = self._blocks()
+        blocks[:, target] = blocks[:, source]
 
+    @torch.inference_mode()
     def read_blocks(self, block_ids: list[int]) -> list[bytes]:
         """Bytes of whole blocks, `block_bytes` each, in the form that `layout` names."""
-        raise NotImplementedError
+        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+        read = self._blocks().index_select(1, index).transpose(0, 1).contiguous().view(torch.uint8)
+        return [block.numpy().tobytes() for block in read.cpu()]
 
+    @torch.inference_mode()
     def write_blocks(self, block_ids: list[int], blocks: list[bytes]) -> None:
-        """Put back what `read_blocks` gave, here or in another worker of the same layout."""
-        raise NotImplementedError
+        """Put back what `read_blocks` gave, here or in another worker of the same layout.
+
+        Raises:
+            DecodeError: a block of another size; nothing is written then.
+        """
+        sizes = {len(block) for block in blocks} - {self.block_bytes}
+        if sizes:
+            raise DecodeError(f"a KV block of {sizes.pop()} bytes where one has {self.block_bytes}")
+        if not blocks:
+            return
+        target = self._blocks()
+        read = torch.frombuffer(bytearray(b"".join(blocks)), dtype=self._dtype).to(self.device)
+        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+        target.index_copy_(1, index, read.view(len(blocks), target.shape[0], target.shape[2]).transpose(0, 1))
+
+    def _blocks(self) -> torch.Tensor:
+        """The cache by block: [L * 2 * KH, N, S * D]."""
+        head_dim = self._kv_cache.shape[-1]
+        return self._kv_cache.view(-1, self.num_blocks, BLOCK_SIZE * head_dim)
+
+    def _make_batch(self, step: StepInput) -> Batch:
+        """Put the rows into the order of the attention's groups, and everything on the device."""
+        members = group_sequences(step.query_lens, step.seq_lens, key_bytes=self._key_bytes)
+        rows = _row_order(members, step.query_lens)
+        row_of = {row: new for new, row in enumerate(rows)}
+        logit_rows = [row_of[row] for row in step.logit_rows]
+        columns = (step.token_ids, step.positions, step.slot_mapping)
+        inputs = torch.tensor([[column[row] for row in rows] for column in columns], dtype=torch.int64)
+        token_ids, positions, slots = inputs.to(self.device).unbind(0)
+        group_sizes = [len(group) * step.query_lens[group[0]] for group in members]
+        starts = list(accumulate(group_sizes, initial=0))
+        groups = {
+            window: tuple(
+                plan_group(
+                    start,
+                    step.query_lens[group[0]],
+                    [step.seq_lens[i] for i in group],
+                    [step.block_tables[i] for i in group],
+                    window=window,
+                    dtype=self._dtype,
+                    device=self.device,
+                )
+                for start, group in zip(starts, members, strict=False)
+            )
+            for window in self._windows
+        }
+        is_all = logit_rows == list(range(len(rows)))
+        wanted = None if is_all else torch.tensor(logit_rows, dtype=torch.int64, device=self.device)
+        return Batch(token_ids, positions, slots, groups, wanted)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Raises SettingsError if it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device: cuda is not available on this machine")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, folder: ModelFolder, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on the CPU, where half types are slower than half the bytes make up for; else the config's."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    named = folder.config.get("dtype") or folder.config.get("torch_dtype")
+    return DTYPES.get(str(named), torch.bfloat16)
+
+
+def resolve_threads(threads: int, num_cores: int) -> int:
+    """How many threads compute: what is asked for, or with 0 all cores but the mesh's share; at least one.
+
+    Threads that wait for a core they share with another process hold up all the others at the end of every kernel.
+    """
+    if threads:
+        return threads
+    share = -(-num_cores // CORES_PER_MESH_CORE)
+    return max(1, num_cores - share)
+
+
+def count_blocks(kv_memory: int, block_bytes: int) -> int:
+    """KV blocks that fit into `kv_memory` bytes. Raises SettingsError if they are too few for a request."""
+    num_blocks = kv_memory // block_bytes
+    if num_blocks < MIN_BLOCKS:
+        raise SettingsError(
+            f"kv_memory: {kv_memory} bytes hold {num_blocks} KV blocks of {block_bytes} bytes, and a worker needs at "
+            f"least {MIN_BLOCKS}"
+        )
+    return num_blocks
+
+
+def _row_order(groups: Sequence[Sequence[int]], query_lens: Sequence[int]) -> list[int]:
+    """Rows of the step in the order of the groups' sequences."""
+    starts = list(accumulate(query_lens, initial=0))
+    return [row for group in groups for i in group for row in range(starts[i], starts[i + 1])]

@@ -15,7 +15,7 @@ from weft.messages import BlockHash, SamplingParams
 
 
 class State(enum.Enum):
-    WAITING = "waiting"  # for admission, or for its request's first sequence to compute the prompt
+    WAITING = "waiting"  # for admission
     LOADING = "loading"  # for blocks from the cache service
     RUNNING = "running"
     FINISHED = "finished"
@@ -29,8 +29,6 @@ class Request:
     gateway: str
     epoch: int
     live: list[Sequence] = field(default_factory=list)  # those that have not ended
-    # Siblings of the first sequence (n > 1): they wait until it has computed the prompt whose blocks they share.
-    parked: list[Sequence] = field(default_factory=list)
     is_started: bool = False
 
 

@@ -45,7 +45,7 @@ from worker_svc.reports import Reports
 log = logging.getLogger(__name__)
 
 # Changes of room within this time share one WorkerStatus.
-STATUS_DELAY_S: Final = 0.002
+STATUS_DELAY_S: Final = 0.005
 
 
 @dataclass(slots=True)
@@ -123,10 +123,11 @@ class WorkerService:
         self._hand_on()
         if self._status_timer is not None:
             self._status_timer.cancel()
+        # An engine that is stuck would be waited for in vain; its thread ends with the process.
+        if self._engine is not None and self.is_live():
+            await asyncio.to_thread(self._engine.stop)
         if self._kv is not None:
             await self._kv.stop()
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop)
 
     async def _start_kv(self, engine: EngineThread) -> None:
         """Without a transfer the engine is never told of a cache service, and so neither offloads nor loads."""
@@ -322,7 +323,7 @@ class WorkerService:
     # ---- news ----
 
     async def _tick(self) -> None:
-        before = time.monotonic()
+        before, unsent = time.monotonic(), 0
         while True:
             await asyncio.sleep(CLAIM_INTERVAL_S)
             assert self._engine is not None
@@ -335,9 +336,11 @@ class WorkerService:
             else:
                 # Cut off, or asleep: the others' silence proves nothing.
                 self._forgive(now)
-            before = now
             self._send_claims()
             self._send_status()
+            if self._counters.unsent > unsent:
+                log.warning("messages not sent", extra={"messages": self._counters.unsent - unsent})
+            before, unsent = now, self._counters.unsent
 
     def _forgive(self, now: float) -> None:
         self._roster.forgive(now)
@@ -376,7 +379,7 @@ class WorkerService:
             self._bus.send(subject, message, reply=reply)
         except (Overloaded, PayloadTooLarge) as error:
             self._counters.unsent += 1
-            log.warning("message not sent", extra={"subject": subject, "error": error.message})
+            log.debug("message not sent", extra={"subject": subject, "error": error.message})
 
 
 def _make_engine(folder: ModelFolder, settings: WorkerSettings) -> EngineThread:

@@ -42,7 +42,9 @@ CHAT = m.ChatPrompt([m.ChatMessage("user", "Tell me a tale", "ann")], add_genera
 
 
 def _generate(prompt: m.Prompt) -> m.GenerateRequest:
-    return m.GenerateRequest("r1", 2, "g1", "tales-6m", prompt, SAMPLING, CHOICES, "alice", "alice", -1, {"gateway": 1.5})
+    return m.GenerateRequest(
+        "r1", 2, "g1", "tales-6m", prompt, SAMPLING, CHOICES, "alice", "alice", -1, {"gateway": 1.5}
+    )
 
 
 SAMPLES: dict[str, m.Message] = {

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from weft.columns import pack_u32
 from weft.hashing import block_hashes, chain_root
-from weft.messages import Choice, SamplingParams, TokenizedRequest
+from weft.messages import BlockHash, Choice, SamplingParams, TokenizedRequest
 from weft.model_folder import ModelFolder
 from weft.settings import MeshSettings, ModelSettings, WorkerSettings
+from worker_svc.sequence import Request
+from worker_svc.sequence import Sequence as EngineSequence
 
 DIGEST = b"d" * 16
 
@@ -52,4 +54,31 @@ def make_request(
         sampling=sampling or SamplingParams(temperature=0.0),
         choices=[Choice(slot, seed, pack_u32(ids)) for slot, seed, ids in zip(slots, seeds, emitted, strict=True)],
         cache_salt=salt,
+    )
+
+
+def make_sequence(
+    prompt: Sequence[int],
+    *,
+    emitted: Sequence[int] = (),
+    sampling: SamplingParams | None = None,
+    seed: int = 0,
+    arrival: int = 0,
+    end_length: int = 10**9,
+    stop_ids: Iterable[int] = (),
+    root: BlockHash | None = None,
+    hashes: Iterable[BlockHash] = (),
+) -> EngineSequence:
+    return EngineSequence(
+        request=Request("r0", "g0", 0),
+        arrival=arrival,
+        slot=0,
+        seed=seed,
+        sampling=sampling or SamplingParams(),
+        token_ids=[*prompt, *emitted],
+        num_prompt_tokens=len(prompt),
+        end_length=end_length,
+        stop_ids=frozenset(stop_ids),
+        root=root,
+        hashes=list(hashes),
     )

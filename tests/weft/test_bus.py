@@ -238,7 +238,9 @@ async def test_a_stalled_server_neither_blocks_senders_nor_the_end(
 
 async def test_a_denied_subject_is_an_error_at_start(tmp_path: Path) -> None:
     config = """max_payload: 8MB
-authorization { users: [{user: worker, password: pw, permissions: {publish: ["ok.>"], subscribe: ["ok.>", "_INBOX.worker.>"]}}] }
+authorization { users: [
+  {user: worker, password: pw, permissions: {publish: ["ok.>"], subscribe: ["ok.>", "_INBOX.worker.>"]}}
+] }
 """
     with nats.running(tmp_path, config) as server:
         async with connected(server.url, nats_user="worker", nats_password="pw") as bus:

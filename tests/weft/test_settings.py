@@ -54,7 +54,7 @@ def test_sizes_have_units(text: str, size: int) -> None:
     assert s.parse_size(text) == size
 
 
-@pytest.mark.parametrize("cls", s.ALL_SETTINGS)
+@pytest.mark.parametrize("cls", [cls for cls in s.ALL_SETTINGS if cls is not s.UpSettings])
 def test_settings_survive_the_way_to_a_child_process(cls: type) -> None:
     loaded = s.load(cls, [], {})
     assert s.load(cls, [], s.to_environ(loaded)) == loaded
@@ -64,3 +64,13 @@ def test_settings_survive_the_way_to_a_child_process(cls: type) -> None:
 def test_every_setting_says_who_changes_it(cls: type) -> None:
     for item in s.declared(cls):
         assert item.metadata["help"].endswith("."), item.variable
+
+
+def test_services_that_share_a_setting_mean_the_same_by_it() -> None:
+    meant: dict[str, object] = {}
+    for cls in s.ALL_SETTINGS:
+        for item in s.declared(cls):
+            # The commands a user runs give some of the names a default of their own.
+            if len(item.path) > 1 or cls not in (s.UpSettings, s.ChatSettings, s.OperatorSettings):
+                kind = (item.type, item.default, item.metadata["ge"], item.metadata["le"], item.metadata["choices"])
+                assert meant.setdefault(item.variable, kind) == kind, item.variable

@@ -1,0 +1,272 @@
+"""The gateway's shell: the bus on one side, the HTTP server on the other, the request table between them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+import uuid
+from typing import Final
+
+from aiohttp import web
+
+from gateway.answer import Answer
+from gateway.app import Routes
+from gateway.assembler import Assembler
+from gateway.auth import ApiKeys
+from gateway.metrics import Metrics
+from gateway.models import ModelTable
+from gateway.streams import Patience, Request, RequestTable
+from weft import subjects
+from weft.errors import Overloaded, SettingsError, Unavailable, WeftError
+from weft.messages import (
+    Cancel,
+    Claims,
+    GenerateRequest,
+    Heartbeat,
+    KvEvents,
+    Role,
+    StreamEvent,
+    TokenFrame,
+)
+from weft.roster import Change, Roster
+from weft.service import Context
+from weft.settings import GatewaySettings
+from weft.subjects import Returned
+
+log = logging.getLogger(__name__)
+TICK_S: Final = 0.1
+# A loop that turns less often than this is stuck, not busy.
+LIVE_S: Final = 10.0
+_NEEDED: Final[tuple[Role, ...]] = ("tokenizer", "scheduler", "worker")
+
+
+class GatewayService:
+    """Owns every request from its first byte to its last."""
+
+    def __init__(self, settings: GatewaySettings, context: Context) -> None:
+        self.bus = context.bus
+        self.registry = context.registry
+        self.model_table = ModelTable(context.bus)
+        self.metrics = Metrics(context.registry)
+        self.table = RequestTable(
+            context.instance, Patience(settings.wait_for_role_s, settings.stall_s), self._send, random.random
+        )
+        self._settings = settings
+        self._context = context
+        self._roster = Roster()
+        self._routes = Routes(self, settings, ApiKeys.read(settings.api_keys_file))
+        self._runner: web.AppRunner | None = None
+        self._idle = asyncio.Event()
+        self._is_draining = False
+        self._ticked_at = time.monotonic()
+
+    # ---- weft.service.Service
+
+    async def start(self) -> None:
+        bus, instance = self.bus, self._context.instance
+        await bus.on(subjects.gateway_all(instance), TokenFrame | StreamEvent | Claims, self._on_message)  # type: ignore[arg-type]
+        await bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_heartbeat)
+        await bus.on_returned(self._on_returned)
+        bus.on_reconnect.append(self._on_reconnect)
+        self._context.spawn(self._tick(), "tick")
+        # A handler whose client went away is cancelled at once: that is how its blocks are freed.
+        self._runner = web.AppRunner(self._routes.application(), handler_cancellation=True, access_log=None)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self._settings.host, self._settings.port, backlog=1024).start()
+        except OSError as error:
+            where = f"{self._settings.host}:{self._settings.port}"
+            raise SettingsError(f"cannot listen on {where}: {error.strerror or error}") from error
+        log.info("listening", extra={"port": self.port})
+
+    async def drain(self) -> None:
+        """Answer what is running; new requests get a 503."""
+        self._is_draining = True
+        while len(self.table):
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def models(self) -> list[str]:
+        return []
+
+    def is_live(self) -> bool:
+        return time.monotonic() - self._ticked_at < LIVE_S
+
+    def stats(self) -> dict[str, float]:
+        stats = self.table.stats
+        return {
+            "requests_running": len(self.table),
+            "streams_running": self.table.num_streams,
+            **{f"{name}_total": getattr(stats, name) for name in stats.__slots__},
+        }
+
+    def snapshot(self) -> KvEvents | None:
+        return None
+
+    @property
+    def port(self) -> int:
+        """The port that HTTP is served on."""
+        assert self._runner is not None
+        return int(self._runner.addresses[0][1])
+
+    # ---- gateway.app.Ring
+
+    def submit(self, answer: Answer, tenant: str) -> None:
+        call = answer.call
+        if self._is_draining:
+            raise Unavailable("this gateway is shutting down", retry_after_s=1.0)
+        if len(self.table) + len(call.prompts) > self._settings.max_inflight:
+            raise Overloaded(f"more than {self._settings.max_inflight} requests at once", retry_after_s=1.0)
+        vocabulary = self.model_table.get(call.model).vocabulary
+        for number, prompt in enumerate(call.prompts):
+            message = GenerateRequest(
+                request_id=uuid.uuid4().hex,
+                epoch=0,
+                gateway=self._context.instance,
+                model=call.model,
+                prompt=prompt,
+                sampling=call.sampling,
+                choices=[],
+                tenant=tenant,
+                cache_salt=tenant,
+                stamps={"gateway": time.time()},
+            )
+            assemblers = [
+                (
+                    number * call.n + i,
+                    (call.seed + i) % 2**64 if call.seed is not None else secrets.randbits(64),
+                    Assembler(
+                        vocabulary,
+                        stop=call.stop,
+                        min_tokens=call.sampling.min_tokens,
+                        logprobs=call.top_logprobs is not None,
+                    ),
+                )
+                for i in range(call.n)
+            ]
+            answer.requests.append(self.table.add(message, answer, assemblers, time.monotonic()))
+
+    def release(self, answer: Answer) -> None:
+        now = time.monotonic()
+        for request in answer.requests:
+            self.table.drop(request)
+            self._observe(answer, request, now)
+        if not len(self.table):
+            self._idle.set()
+
+    def missing_roles(self) -> list[str]:
+        missing: list[str] = [
+            role for role in _NEEDED if not any(member.state == "ready" for member in self._roster.members(role))
+        ]
+        return missing or ([] if self.model_table.cards() else ["model"])
+
+    # ---- the bus
+
+    def _send(self, message: GenerateRequest | Cancel) -> None:
+        if isinstance(message, Cancel):
+            subject, reply = subjects.CANCEL, ""
+        else:
+            subject = subjects.tokenize(message.model)
+            instance = self._context.instance
+            reply = subjects.returned("gateway", instance, instance, message.request_id, message.epoch)
+        try:
+            self.bus.send(subject, message, reply=reply)
+        except WeftError as error:
+            if isinstance(message, GenerateRequest):
+                # Not from within the table, which is still at work on this request.
+                asyncio.get_running_loop().call_soon(
+                    self.table.on_returned, message.request_id, message.epoch, _as_returned(error), time.monotonic()
+                )
+
+    def _on_message(self, message: TokenFrame | StreamEvent | Claims) -> None:
+        now = time.monotonic()
+        match message:
+            case TokenFrame():
+                self.table.on_frame(message, now)
+            case StreamEvent():
+                self.table.on_event(message, now)
+            case Claims():
+                self.table.on_claims(message, now)
+
+    def _on_returned(self, returned: Returned, error: WeftError) -> None:
+        self.table.on_returned(returned.request_id, returned.epoch, error, time.monotonic())
+
+    def _on_heartbeat(self, beat: Heartbeat) -> None:
+        self._follow(self._roster.apply(beat, time.monotonic()))
+
+    def _follow(self, changes: list[Change]) -> None:
+        now = time.monotonic()
+        for change in changes:
+            member = change.member
+            if change.kind == "left":
+                log.warning("instance left", extra={"role": member.role, "instance": member.instance})
+                self.table.on_left(member.role, member.instance, now)
+            elif member.state == "ready":
+                self.table.on_joined(now)
+                if member.role == "tokenizer" and member.models:
+                    self._context.spawn(self.model_table.learn(member.models), "learn models")
+
+    def _on_reconnect(self) -> None:
+        now = time.monotonic()
+        self._roster.forgive(now)
+        self.table.on_reconnect(now)
+
+    async def _tick(self) -> None:
+        while True:
+            now = time.monotonic()
+            if now - self._ticked_at > 5 * TICK_S:
+                # This loop slept through heartbeats and claims that wait in its queues.
+                self._on_reconnect()
+            elif self.bus.connected:
+                self._follow(self._roster.expire(now))
+                self.table.tick(now)
+            self._ticked_at = now
+            await asyncio.sleep(TICK_S)
+
+    def _observe(self, answer: Answer, request: Request, now: float) -> None:
+        model = request.message.model
+        finish = answer.error.code if answer.error else "abort"
+        reasons = {stream.assembler.finish_reason for stream in request.streams}
+        if None not in reasons:
+            finish = "length" if "length" in reasons else "stop"
+        num_tokens = sum(stream.assembler.num_counted for stream in request.streams)
+        metrics = self.metrics
+        metrics.requests.labels(model, finish).inc()
+        metrics.prompt_tokens.labels(model).inc(request.num_prompt_tokens)
+        metrics.prompt_lengths.labels(model).observe(request.num_prompt_tokens)
+        metrics.cached_tokens.labels(model).inc(request.num_cached_tokens or 0)
+        metrics.completion_tokens.labels(model).inc(num_tokens)
+        metrics.e2e.labels(model).observe(now - request.arrived_at)
+        ttft = None
+        if request.first_token_at is not None:
+            ttft = request.first_token_at - request.arrived_at
+            metrics.ttft.labels(model).observe(ttft)
+            steps = num_tokens / len(request.streams) - 1
+            if steps > 0:
+                metrics.tpot.labels(model).observe((request.progress_at - request.first_token_at) / steps)
+        log.info(
+            "request finished",
+            extra={
+                "request_id": request.request_id,
+                "response_id": answer.response_id,
+                "model": model,
+                "finish": finish,
+                "prompt_tokens": request.num_prompt_tokens,
+                "completion_tokens": num_tokens,
+                "ttft_s": round(ttft, 4) if ttft is not None else "",
+                "e2e_s": round(now - request.arrived_at, 4),
+                "epochs": request.epoch + 1,
+            },
+        )
+
+
+def _as_returned(error: WeftError) -> WeftError:
+    """A bus that takes nothing now is a role that is away; a message too large stays the client's fault."""
+    return Unavailable(error.message) if isinstance(error, Overloaded) else error

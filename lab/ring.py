@@ -1,0 +1,97 @@
+"""A whole mesh as users start it, for a benchmark: `weft up` in a process, on a free port."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """A running mesh."""
+
+    port: int
+    pid: int
+    started_at: float  # perf_counter seconds, before the process was started
+    ready_at: float
+
+    def cpu_s(self, module: str) -> float:
+        """CPU seconds that the service `module` (one process or several) has used so far."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        total = 0
+        for pid in _children(self.pid):
+            if module in _command(pid).split("\0"):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                total += int(fields[11]) + int(fields[12])
+        return total / ticks
+
+
+@contextmanager
+def running(*flags: str, wait_s: float = 120.0) -> Iterator[Ring]:
+    """Run `weft up` with these flags until the block ends. Raises RuntimeError with its output if it fails to start."""
+    port = free_port()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("WEFT_")}
+    with tempfile.TemporaryDirectory(prefix="weft-lab-") as folder, (Path(folder) / "out").open("w+") as output:
+        command = [sys.executable, "-m", "weft.cli", "up", "--port", str(port), "--data-path", folder, *flags]
+        started_at = time.perf_counter()
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            _wait_ready(process, port, wait_s, Path(folder) / "out")
+            yield Ring(port, process.pid, started_at, time.perf_counter())
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_ready(process: subprocess.Popen[bytes], port: int, wait_s: float, output: Path) -> None:
+    deadline = time.perf_counter() + wait_s
+    while time.perf_counter() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.02)
+    raise RuntimeError(f"weft up did not get ready:\n{output.read_text()}")
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if parent == pid:
+                found += [int(entry.name), *_children(int(entry.name))]
+    return found
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,94 @@
+"""The requests that wait here, by model and by id, and the cancels that came before their request. Pure."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from scheduler_svc.policy.admit import new_tokens
+from scheduler_svc.policy.order import Fcfs, Waiting
+
+MAX_REMEMBERED_CANCELS: Final = 16_384
+
+
+@dataclass(slots=True)
+class _Queue:
+    order: Fcfs
+    num_tokens: int = 0
+    num_new_tokens: int = 0
+
+
+class Backlog:
+    """Waiting requests; of a request id, one epoch at most."""
+
+    def __init__(self, make_order: Callable[[], Fcfs]) -> None:
+        self._make_order = make_order
+        self._queues: dict[str, _Queue] = {}
+        self._by_id: dict[str, Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(list(self._by_id.values()))
+
+    def get(self, request_id: str) -> Waiting | None:
+        return self._by_id.get(request_id)
+
+    def models(self) -> list[str]:
+        return list(self._queues)
+
+    def count(self, model: str) -> int:
+        queue = self._queues.get(model)
+        return len(queue.order) if queue else 0
+
+    def num_tokens(self, model: str) -> int:
+        """Tokens to be prefilled."""
+        return self._queues[model].num_tokens if model in self._queues else 0
+
+    def num_new_tokens(self, model: str) -> int:
+        return self._queues[model].num_new_tokens if model in self._queues else 0
+
+    def add(self, waiting: Waiting, now: float) -> None:
+        """Mutates self. No request of that id may wait already."""
+        request = waiting.request
+        queue = self._queues.setdefault(request.model, _Queue(self._make_order()))
+        queue.order.add(waiting, now)
+        queue.num_tokens += request.num_tokens
+        queue.num_new_tokens += new_tokens(request)
+        self._by_id[request.request_id] = waiting
+
+    def remove(self, request_id: str) -> Waiting:
+        """Mutates self. Raises KeyError if it does not wait."""
+        waiting = self._by_id.pop(request_id)
+        request = waiting.request
+        queue = self._queues[request.model]
+        queue.order.remove(request_id)
+        queue.num_tokens -= request.num_tokens
+        queue.num_new_tokens -= new_tokens(request)
+        if not len(queue.order):
+            del self._queues[request.model]
+        return waiting
+
+    def head(self, model: str, now: float) -> Waiting | None:
+        """The request that goes next; None if none waits for the model."""
+        queue = self._queues.get(model)
+        return queue.order.head(now) if queue else None
+
+
+class Cancelled:
+    """The highest epoch cancelled of each request, for the last so many: a cancel may overtake what it is about."""
+
+    def __init__(self, max_remembered: int = MAX_REMEMBERED_CANCELS) -> None:
+        self._epochs: OrderedDict[str, int] = OrderedDict()
+        self._max_remembered = max_remembered
+
+    def remember(self, request_id: str, epoch: int) -> None:
+        self._epochs[request_id] = max(epoch, self._epochs.pop(request_id, epoch))
+        while len(self._epochs) > self._max_remembered:
+            self._epochs.popitem(last=False)
+
+    def covers(self, request_id: str, epoch: int) -> bool:
+        return self._epochs.get(request_id, -1) >= epoch

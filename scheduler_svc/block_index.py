@@ -1,0 +1,202 @@
+"""Which worker holds which KV blocks, learnt from numbered events. Pure.
+
+An inverted index: block hash → bit mask of workers. A request's chain is walked from its first block, keeping the
+workers that hold every block so far, until none is left: the cost is that of the longest match, whatever the number
+of workers. A holder whose events have a gap is asked for a snapshot; until it comes, later events are kept aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from weft.columns import split_hashes
+from weft.messages import KvEvents
+
+# Events kept aside while a snapshot is on its way; past that, another snapshot is needed anyway.
+MAX_ASIDE: Final = 1024
+# After so long without an answer, or without the events that a status speaks of, ask (again).
+SNAPSHOT_WAIT_S: Final = 2.0
+
+
+@dataclass(slots=True)
+class _Holder:
+    bit: int
+    epoch: int
+    sequence: int | None = None  # of the last event applied; None: a snapshot is needed
+    blocks: set[bytes] = field(default_factory=set)
+    aside: list[KvEvents] = field(default_factory=list)
+    asked_at: float | None = None
+    behind_since: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How much of a prompt each worker holds: (number of leading blocks, mask of workers that hold so many or more).
+
+    Shallow to deep; a worker in no mask holds not even the first block.
+    """
+
+    levels: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def longest(self) -> int:
+        return self.levels[-1][0] if self.levels else 0
+
+    @property
+    def holders(self) -> int:
+        """Mask of those with the longest match."""
+        return self.levels[-1][1] if self.levels else 0
+
+    def depth(self, bit: int) -> int:
+        return max((depth for depth, mask in self.levels if mask >> bit & 1), default=0)
+
+
+NO_MATCH: Final = Match()
+
+
+class BlockIndex:
+    """Blocks by holder and holders by block."""
+
+    def __init__(self) -> None:
+        self._holders: dict[str, _Holder] = {}
+        self._masks: dict[bytes, int] = {}
+        self._free_bits: list[int] = []
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._masks)
+
+    def add(self, holder: str, epoch: int) -> int:
+        """A new life of a holder, of which nothing is known; returns its bit. The life before must be removed."""
+        bit = self._free_bits.pop() if self._free_bits else len(self._holders)
+        self._holders[holder] = _Holder(bit, epoch)
+        return bit
+
+    def remove(self, holder: str) -> None:
+        """Forget a holder and its blocks."""
+        found = self._holders.pop(holder)
+        self._discard(found, found.blocks)
+        self._free_bits.append(found.bit)
+
+    def apply(self, events: KvEvents, now: float) -> bool:
+        """Take in one message; True if a snapshot is wanted (once for each gap)."""
+        holder = self._holders.get(events.holder)
+        if holder is None or holder.epoch != events.epoch:
+            return False
+        if events.snapshot:
+            if holder.sequence is not None and events.sequence < holder.sequence:
+                return False
+            self._replace(holder, events)
+            return self._catch_up(holder, now)
+        if holder.sequence is None:
+            self._put_aside(holder, events)
+            return self._want(holder, now)
+        if events.sequence > holder.sequence + 1:
+            self._put_aside(holder, events)
+            holder.sequence = None
+            return self._want(holder, now)
+        if events.sequence == holder.sequence + 1:
+            self._step(holder, events)
+        return False
+
+    def check_sequence(self, holder: str, sequence: int, now: float) -> bool:
+        """What a status says of the last event sent; True if a snapshot is wanted.
+
+        Statuses and events come on different subscriptions and overtake each other, so only an event that stays
+        away counts as missed.
+        """
+        found = self._holders[holder]
+        if found.sequence is None:
+            if sequence == 0 and not found.aside:
+                found.sequence = 0
+                return False
+            return self._want(found, now)
+        if sequence <= found.sequence:
+            found.behind_since = None
+            return False
+        if found.behind_since is None:
+            found.behind_since = now
+        if now - found.behind_since <= SNAPSHOT_WAIT_S:
+            return False
+        found.sequence = None
+        return self._want(found, now)
+
+    def match(self, hashes: Sequence[bytes], candidates: int) -> Match:
+        """How many leading blocks each of the candidates (a mask of bits) holds."""
+        masks = self._masks
+        levels: list[tuple[int, int]] = []
+        alive, depth = candidates, 0
+        for block in hashes:
+            still = alive & masks.get(block, 0)
+            if still != alive:
+                if depth:
+                    levels.append((depth, alive))
+                alive = still
+                if not alive:
+                    return Match(tuple(levels))
+            depth += 1
+        return Match((*levels, (depth, alive))) if depth else NO_MATCH
+
+    def blocks_of(self, holder: str) -> frozenset[bytes]:
+        return frozenset(self._holders[holder].blocks)
+
+    def holders_of(self, block: bytes) -> frozenset[str]:
+        mask = self._masks.get(block, 0)
+        return frozenset(name for name, holder in self._holders.items() if mask >> holder.bit & 1)
+
+    def _step(self, holder: _Holder, events: KvEvents) -> None:
+        # A block that a step removed and stored again is held.
+        self._discard(holder, split_hashes(events.removed))
+        self._store(holder, split_hashes(events.stored))
+        holder.sequence = events.sequence
+        holder.behind_since = None
+
+    def _replace(self, holder: _Holder, snapshot: KvEvents) -> None:
+        held = set(split_hashes(snapshot.stored))
+        self._discard(holder, holder.blocks - held)
+        self._store(holder, held)
+        holder.sequence = snapshot.sequence
+        holder.asked_at = holder.behind_since = None
+
+    def _catch_up(self, holder: _Holder, now: float) -> bool:
+        """Apply what was kept aside; True if that has a gap as well."""
+        assert holder.sequence is not None
+        for events in sorted(holder.aside, key=lambda events: events.sequence):
+            if events.sequence > holder.sequence + 1:
+                holder.sequence = None
+                return self._want(holder, now)
+            if events.sequence == holder.sequence + 1:
+                self._step(holder, events)
+        holder.aside.clear()
+        return False
+
+    def _put_aside(self, holder: _Holder, events: KvEvents) -> None:
+        if len(holder.aside) >= MAX_ASIDE:
+            holder.aside.clear()
+        holder.aside.append(events)
+
+    def _want(self, holder: _Holder, now: float) -> bool:
+        if holder.asked_at is not None and now - holder.asked_at <= SNAPSHOT_WAIT_S:
+            return False
+        holder.asked_at = now
+        return True
+
+    def _store(self, holder: _Holder, blocks: Iterable[bytes]) -> None:
+        mask = 1 << holder.bit
+        masks = self._masks
+        for block in blocks:
+            holder.blocks.add(block)
+            masks[block] = masks.get(block, 0) | mask
+
+    def _discard(self, holder: _Holder, blocks: Iterable[bytes]) -> None:
+        keep = ~(1 << holder.bit)
+        masks = self._masks
+        for block in list(blocks):
+            holder.blocks.discard(block)
+            left = masks.get(block, 0) & keep
+            if left:
+                masks[block] = left
+            else:
+                masks.pop(block, None)

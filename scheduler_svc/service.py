@@ -1,0 +1,271 @@
+"""The scheduler's shell: events from the bus into `ClusterState`, and its actions out.
+
+It decides nothing itself; what it adds are the clock, the bus, and claims for what waits here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Final, Literal, assert_never
+
+import msgspec
+
+from scheduler_svc.actions import Action, Dispatch, Dropped, Lost, Queued, Reject, WantSnapshot
+from scheduler_svc.policy import admit
+from scheduler_svc.policy.order import ORDERS
+from scheduler_svc.policy.route import ROUTES
+from scheduler_svc.state import ClusterState
+from weft import subjects
+from weft.columns import pack_u32
+from weft.errors import Overloaded, PayloadTooLarge, WeftError
+from weft.messages import (
+    CLAIM_INTERVAL_S,
+    HEARTBEAT_TIMEOUT_S,
+    Assignment,
+    Cancel,
+    Claims,
+    Control,
+    Declined,
+    ErrorInfo,
+    Heartbeat,
+    KvEvents,
+    Message,
+    StreamEvent,
+    TokenizedRequest,
+    WorkerStatus,
+)
+from weft.service import Context
+from weft.settings import SchedulerSettings
+from weft.subjects import Returned
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_TIMEOUT_S: Final = 5.0
+# What is on its way when a drain begins arrives, or comes back, within this time.
+SETTLE_S: Final = 1.0
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Since start."""
+
+    requests: int = 0
+    dispatched: int = 0
+    queued: int = 0
+    rejected: int = 0
+    dropped: int = 0
+    handed_on: int = 0
+    declined: int = 0
+    returned: int = 0
+    snapshots: int = 0
+    prompt_blocks: int = 0  # of what was dispatched
+    matched_blocks: int = 0  # of those, held by the worker chosen
+    decide_s: float = 0.0  # spent on deciding
+    unsent: int = 0  # messages that the bus did not take
+
+
+class SchedulerService:
+    """One scheduler on the bus; it serves whatever models the workers do."""
+
+    def __init__(self, settings: SchedulerSettings, context: Context) -> None:
+        self._context = context
+        self._bus = context.bus
+        self._instance = context.instance
+        self._state = ClusterState(
+            context.instance,
+            admit=admit.make(settings.admit, settings.max_queued_requests, settings.max_queued_tokens),
+            order=ORDERS[settings.order],
+            route=ROUTES[settings.route](),
+        )
+        self._asking: set[str] = set()  # workers whose snapshot is on its way
+        self._settled = asyncio.Event()
+        self._counters = SchedulerCounters()
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        await self._bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_heartbeat)
+        await self._bus.on_returned(self._on_returned)
+        await self._bus.on(subjects.STATUS_ALL, WorkerStatus, self._on_status)
+        await self._bus.on(subjects.KV_ALL, KvEvents, self._on_kv)
+        await self._bus.on(subjects.CANCEL, Cancel, self._on_cancel)
+        await self._bus.on(subjects.declined(self._instance), Declined, self._on_declined)
+        self._bus.on_reconnect.append(lambda: self._state.forgive(time.monotonic()))
+        # Requests last: what they meet should be known by then.
+        await self._bus.on(subjects.SCHEDULE_ALL, TokenizedRequest, self._on_request, queue="scheduler")
+        self._context.spawn(self._tick(), "tick")
+
+    async def drain(self) -> None:
+        """Hand the backlog on at once, and wait for what is on its way to arrive."""
+        await self._bus.leave(subjects.SCHEDULE_ALL)
+        self._carry_out(self._state.drain())
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                while self._state.num_in_flight:
+                    self._settled.clear()
+                    await self._settled.wait()
+        except TimeoutError:
+            log.info("assignments unaccounted for at drain", extra={"requests": self._state.num_in_flight})
+
+    async def stop(self) -> None:
+        self._carry_out(self._state.drain())
+
+    def models(self) -> list[str]:
+        return self._state.models()
+
+    def is_live(self) -> bool:
+        return True
+
+    def stats(self) -> dict[str, float]:
+        numbers = {item.name: float(getattr(self._counters, item.name)) for item in fields(self._counters)}
+        return numbers | self._state.stats()
+
+    def snapshot(self) -> KvEvents | None:
+        return None
+
+    # ---- events ----
+
+    def _on_request(self, request: TokenizedRequest) -> None:
+        self._counters.requests += 1
+        before = time.perf_counter()
+        actions = self._state.on_request(request, time.monotonic())
+        self._counters.decide_s += time.perf_counter() - before
+        self._carry_out(actions)
+
+    def _on_status(self, status: WorkerStatus) -> None:
+        self._carry_out(self._state.on_status(status, time.monotonic()))
+
+    def _on_kv(self, events: KvEvents) -> None:
+        self._carry_out(self._state.on_kv(events, time.monotonic()))
+
+    def _on_declined(self, declined: Declined) -> None:
+        self._counters.declined += 1
+        self._carry_out(self._state.on_declined(declined, time.monotonic()))
+
+    def _on_returned(self, hop: Returned, error: WeftError) -> None:
+        self._counters.returned += 1
+        log.warning("assignment came back", extra={"request_id": hop.request_id, "error": error.message})
+        self._carry_out(self._state.on_returned(hop, error, time.monotonic()))
+
+    def _on_cancel(self, cancel: Cancel) -> None:
+        self._carry_out(self._state.on_cancel(cancel, time.monotonic()))
+
+    def _on_heartbeat(self, beat: Heartbeat) -> None:
+        self._carry_out(self._state.on_heartbeat(beat, time.monotonic()))
+
+    async def _tick(self) -> None:
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(CLAIM_INTERVAL_S)
+            now = time.monotonic()
+            if self._bus.connected and now - before < HEARTBEAT_TIMEOUT_S:
+                self._carry_out(self._state.on_tick(now))
+            else:
+                self._state.forgive(now)
+            before = now
+            self._send_claims()
+
+    # ---- actions ----
+
+    def _carry_out(self, actions: Iterable[Action]) -> None:
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            match action:
+                case Dispatch():
+                    todo.extend(self._dispatch(action))
+                case Reject():
+                    self._counters.rejected += 1
+                    self._send_event(action.request, "rejected", action.error)
+                case Queued():
+                    self._counters.queued += 1
+                    self._send_event(action.request, "queued")
+                case Lost():
+                    self._counters.handed_on += 1
+                    self._send_event(action.request, "lost", action.error)
+                case Dropped():
+                    self._counters.dropped += 1
+                case WantSnapshot():
+                    self._ask_snapshot(action.worker)
+                case _:
+                    assert_never(action)
+        if not self._state.num_in_flight:
+            self._settled.set()
+
+    def _dispatch(self, action: Dispatch) -> list[Action]:
+        """Send an assignment; what is to be done if the bus does not take it."""
+        request, decision = action.request, action.decision
+        hop = (self._instance, request.gateway, request.request_id, request.epoch)
+        stamped = msgspec.structs.replace(request, stamps={**request.stamps, "scheduler": time.time()})
+        try:
+            self._bus.send(
+                subjects.assign(decision.worker),
+                Assignment(stamped, self._instance),
+                reply=subjects.returned("scheduler", *hop),
+            )
+        except (Overloaded, PayloadTooLarge) as error:
+            self._counters.unsent += 1
+            return self._state.on_returned(Returned(*hop[1:]), error, time.monotonic())
+        self._counters.dispatched += 1
+        self._counters.prompt_blocks += decision.num_prompt_blocks
+        self._counters.matched_blocks += decision.scores[0].matched_blocks
+        log.debug("dispatched", extra={"request_id": request.request_id, "decision": decision})
+        return []
+
+    def _ask_snapshot(self, worker: str) -> None:
+        if worker not in self._asking:
+            self._asking.add(worker)
+            self._counters.snapshots += 1
+            self._context.spawn(self._fetch_snapshot(worker), f"snapshot of {worker}")
+
+    async def _fetch_snapshot(self, worker: str) -> None:
+        """Ask once; if it fails, the worker's next status tells that it is still wanted."""
+        try:
+            snapshot = await self._bus.ask(
+                subjects.control("worker", worker), Control("kv_snapshot"), KvEvents, timeout_s=SNAPSHOT_TIMEOUT_S
+            )
+        except WeftError as error:
+            log.warning("no snapshot", extra={"worker": worker, "error": error.message})
+        else:
+            if snapshot.holder == worker and snapshot.snapshot:
+                self._on_kv(snapshot)
+        finally:
+            self._asking.discard(worker)
+
+    # ---- news ----
+
+    def _send_claims(self) -> None:
+        held: dict[str, list[TokenizedRequest]] = {}
+        for request in self._state.waiting():
+            held.setdefault(request.gateway, []).append(request)
+        for gateway, requests in held.items():
+            ids, epochs = [request.request_id for request in requests], [request.epoch for request in requests]
+            self._send(subjects.events(gateway), Claims("scheduler", self._instance, ids, pack_u32(epochs)))
+
+    def _send_event(
+        self, request: TokenizedRequest, kind: Literal["queued", "rejected", "lost"], error: WeftError | None = None
+    ) -> None:
+        event = StreamEvent(
+            request.request_id,
+            request.epoch,
+            kind,
+            "scheduler",
+            self._instance,
+            error=ErrorInfo.of(error) if error is not None else None,
+            num_prompt_tokens=request.num_prompt_tokens,
+            stamps=request.stamps,
+        )
+        self._send(subjects.events(request.gateway), event)
+
+    def _send(self, subject: str, message: Message) -> None:
+        """Queue news. What the bus does not take is as good as lost on the way, which the gateway notices."""
+        try:
+            self._bus.send(subject, message)
+        except (Overloaded, PayloadTooLarge) as error:
+            self._counters.unsent += 1
+            log.warning("message not sent", extra={"subject": subject, "error": error.message})

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import children_of, is_alive
+from tests.support.wait import until
+from weft import data_folder, subjects
+from weft.bus import Bus
+from weft.data_folder import DataFolder
+from weft.errors import SettingsError
+from weft.messages import Heartbeat, Role
+from weft.settings import MeshSettings
+from weft.supervisor import ChildSpec, News, StartFailed, Supervisor, describe_status, restart_delay
+
+STAND_IN = str(Path(__file__).parents[1] / "support" / "stand_in.py")
+PASSWORDS: dict[Role, str] = {role: secrets.token_hex(8) for role in subjects.PERMISSIONS}
+
+
+@dataclass
+class Running:
+    supervisor: Supervisor
+    folder: DataFolder
+    news: list[News] = field(default_factory=list)
+
+    def pid(self, name: str) -> int:
+        process = self.supervisor.services[name].process
+        assert process is not None
+        return process.pid
+
+    def texts(self) -> list[str]:
+        return [news.text for news in self.news]
+
+
+def spec(name: str, role: Role, behaviour: str = "") -> ChildSpec:
+    environ = {
+        "PATH": os.environ["PATH"],
+        "WEFT_NATS_USER": role,
+        "WEFT_NATS_PASSWORD": PASSWORDS[role],
+        "WEFT_INSTANCE": name,
+    }
+    return ChildSpec(name, role, (sys.executable, "-P", STAND_IN, role, behaviour), environ)
+
+
+def make(tmp_path: Path, *specs: ChildSpec, hung_s: float = 20.0) -> Running:
+    folder, _ = data_folder.take(str(tmp_path))
+    news: list[News] = []
+    supervisor = Supervisor(specs, MeshSettings(drain_s=5), PASSWORDS, folder, news.append, hung_s=hung_s)
+    return Running(supervisor, folder, news)
+
+
+@asynccontextmanager
+async def started(running: Running) -> AsyncIterator[Running]:
+    """A supervisor that has all its children ready, and ends them all at the end."""
+    task = asyncio.create_task(running.supervisor.run())
+    ready = asyncio.create_task(running.supervisor.ready.wait())
+    async with asyncio.timeout(30):
+        await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
+    try:
+        if task.done():
+            await task
+        yield running
+    finally:
+        running.supervisor.stop()
+        with contextlib.suppress(SettingsError, StartFailed):
+            await task
+
+
+async def test_stop_ends_every_process_and_drains_those_that_are_ready(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("gateway-0", "gateway"), spec("worker-0", "worker"))
+    async with started(running):
+        pids = [child.process.pid for child in running.supervisor.children if child.process]
+        assert len(pids) == 3
+    assert not any(is_alive(pid) for pid in pids)
+    assert "draining" in running.folder.log("gateway-0").read_text()
+    assert not [text for text in running.texts() if "died" in text]
+
+
+async def test_killed_child_is_announced_dead_and_started_again(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("worker-0", "worker"))
+    async with started(running), listening(running) as beats:
+        first = running.pid("worker-0")
+        await until(lambda: any(beat.instance == "worker-0" for beat in beats))
+        epoch = beats[-1].epoch
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: any(beat.state == "dead" for beat in beats))
+        dead = next(beat for beat in beats if beat.state == "dead")
+        assert (dead.role, dead.instance, dead.epoch) == ("worker", "worker-0", epoch)
+        await until(lambda: running.supervisor.services["worker-0"].state == "ready")
+        assert running.pid("worker-0") != first
+        assert beats[-1].epoch > epoch
+    assert "worker-0 died (signal 9, SIGKILL); starting it again in 0.1 s" in running.texts()
+    assert running.texts()[-1].startswith("worker-0 is ready again after")
+
+
+async def test_killed_nats_comes_back_on_the_same_port_and_children_stay(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("worker-0", "worker"))
+    async with started(running):
+        nats, worker, url = running.supervisor.nats, running.pid("worker-0"), running.supervisor.nats_url
+        assert nats is not None and nats.process is not None
+        os.kill(nats.process.pid, signal.SIGKILL)
+        await until(lambda: "nats is ready again" in " ".join(running.texts()))
+        assert running.supervisor.nats_url == url
+        assert running.pid("worker-0") == worker
+
+
+async def test_child_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("worker-0", "worker"), hung_s=1.0)
+    async with started(running):
+        first = running.pid("worker-0")
+        os.kill(first, signal.SIGSTOP)
+        await until(lambda: "worker-0 is ready again" in " ".join(running.texts()))
+        assert not is_alive(first)
+
+
+async def test_child_that_refuses_its_settings_ends_all_with_its_own_sentence(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("gateway-0", "gateway"), spec("worker-0", "worker", "refuse"))
+    with pytest.raises(SettingsError, match=r"^worker-0: the folder has no weights$"):
+        async with started(running):
+            pass
+    assert not children_of(os.getpid())
+
+
+async def test_child_that_never_starts_ends_all_after_some_tries(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("cache-0", "cache", "crash"))
+    with pytest.raises(StartFailed, match=r"cache-0 died 5 times while starting \(exit status 3\): something snapped"):
+        async with started(running):
+            pass
+
+
+async def test_drained_child_is_started_again_without_delay(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("worker-0", "worker"))
+    async with started(running):
+        os.kill(running.pid("worker-0"), signal.SIGTERM)
+        await until(lambda: "worker-0 is ready again" in " ".join(running.texts()))
+    assert "worker-0 has drained; starting it again" in running.texts()
+
+
+async def test_stop_while_starting_is_quick_and_leaves_nothing(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("worker-0", "worker"))
+    task = asyncio.create_task(running.supervisor.run())
+    await until(lambda: running.supervisor.services["worker-0"].process)
+    pid = running.pid("worker-0")
+    running.supervisor.stop()
+    async with asyncio.timeout(5):
+        await task
+    assert not is_alive(pid)
+
+
+def test_delays_double_up_to_ten_seconds() -> None:
+    assert [restart_delay(failures) for failures in range(1, 10)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+
+
+def test_statuses_are_said_in_words() -> None:
+    assert describe_status(-9) == "signal 9, SIGKILL"
+    assert describe_status(1) == "exit status 1"
+    assert describe_status(-250) == "signal 250"
+
+
+@asynccontextmanager
+async def listening(running: Running) -> AsyncIterator[list[Heartbeat]]:
+    """What a gateway hears."""
+    mesh = MeshSettings(
+        nats_url=running.supervisor.nats_url, nats_user="gateway", nats_password=PASSWORDS["gateway"], instance="g"
+    )
+    bus = Bus(mesh, "gateway", "g")
+    await bus.connect()
+    beats: list[Heartbeat] = []
+    await bus.on(subjects.ALIVE_ALL, Heartbeat, beats.append)
+    await bus.flush()
+    yield beats
+    await bus.close()

@@ -1,0 +1,89 @@
+"""Linears, norms and rotary positions against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from worker_svc.models import rope
+from worker_svc.models.layers import PackedLinear, PlainLinear, RmsNorm, can_pack, make_linear
+from worker_svc.models.rope import Rope
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, PlainLinear])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 17, 64])
+def test_linear_is_a_product_and_a_sum(
+    kind: type[PackedLinear] | type[PlainLinear], has_bias: bool, num_rows: int
+) -> None:
+    torch.manual_seed(0)
+    weight, x, residual = torch.randn(24, 36), torch.randn(num_rows, 36), torch.randn(num_rows, 24)
+    bias = torch.randn(24) if has_bias else None
+    expected = x @ weight.T + (0 if bias is None else bias)
+    before = residual.clone()
+    linear = kind(weight, bias)
+    torch.testing.assert_close(linear(x), expected)
+    torch.testing.assert_close(linear.add(x, residual), expected + before)
+
+
+def test_half_types_without_kernels_of_onednn_are_not_packed() -> None:
+    assert not can_pack(torch.zeros(2, 2, dtype=torch.float16))
+    assert isinstance(make_linear(torch.zeros(2, 2, dtype=torch.float16)), PlainLinear)
+
+
+# Beside the usual: rows of zeros, and values whose squares leave float32's normal range at both ends.
+@pytest.mark.parametrize("scale", [1.0, 0.0, 1e-12, 1e15])
+def test_norm_is_that_of_torch(scale: float) -> None:
+    torch.manual_seed(0)
+    x, weight = scale * torch.randn(5, 48), torch.randn(48)
+    expected = F.rms_norm(x.double(), (48,), weight.double(), 1e-6).float()
+    torch.testing.assert_close(RmsNorm(weight, 1e-6)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_in_place_broadcasts_over_heads(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    whole, weight = torch.randn(3, 5, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
+    expected = F.rms_norm(whole[:, :4], (8,), None, 1e-5) * weight
+    untouched = whole[:, 4].clone()
+    RmsNorm(weight, 1e-5).norm_(whole[:, :4])
+    torch.testing.assert_close(whole[:, :4], expected)
+    assert torch.equal(whole[:, 4], untouched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotating_interleaved_pairs_is_rotating_halves(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    head_dim, positions = 10, torch.tensor([0, 3, 1000])
+    x = torch.randn(3, 2, head_dim, dtype=dtype)
+    frequencies = rope.frequencies(Rope(10000.0), head_dim)
+    angles = torch.outer(positions.float(), frequencies).unsqueeze(1)
+    left, right = x.float().chunk(2, dim=-1)
+    halves = (left * angles.cos() - right * angles.sin(), right * angles.cos() + left * angles.sin())
+    expected = torch.stack(halves, dim=-1).flatten(-2).to(dtype)
+    pairs = torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
+    rope.rotate_(pairs, rope.turns(positions, frequencies))
+    torch.testing.assert_close(pairs, expected)
+
+
+def test_interleaving_orders_every_head_and_keeps_columns() -> None:
+    weight = torch.arange(12).view(12, 1).expand(12, 3)
+    assert rope.interleave(weight, 6)[:, 1].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert rope.interleave(torch.arange(4), 4).tolist() == [0, 2, 1, 3]
+
+
+def test_linear_scaling_divides_all_frequencies() -> None:
+    plain, scaled = rope.frequencies(Rope(100.0), 8), rope.frequencies(Rope(100.0, factor=4.0), 8)
+    torch.testing.assert_close(scaled, plain / 4)
+
+
+def test_llama3_scaling_keeps_fast_frequencies_and_divides_slow_ones() -> None:
+    plain = rope.frequencies(Rope(500000.0), 64)
+    scaled = rope.frequencies(Rope(500000.0, 8.0, 1.0, 4.0, 8192), 64)
+    turns = 8192 * plain / (2 * torch.pi)
+    assert torch.equal(scaled[turns > 4], plain[turns > 4])
+    torch.testing.assert_close(scaled[turns < 1], plain[turns < 1] / 8)
+    between = (turns > 1) & (turns < 4)
+    assert between.any()
+    assert ((scaled < plain) & (scaled > plain / 8))[between].all()

@@ -1,0 +1,187 @@
+"""`weft top` and `weft drain`: what an operator sees of a mesh on its bus, and does to it.
+
+Without `--nats-url` they reach the `weft up` of this machine, which leaves word in its data folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeVar
+
+from weft import data_folder, subjects
+from weft.bus import Bus
+from weft.errors import SettingsError, WeftError
+from weft.messages import HEARTBEAT_INTERVAL_S, Control, ControlReply, Heartbeat, WorkerStatus
+from weft.roster import Member, Roster
+from weft.settings import MeshSettings, OperatorSettings, load
+
+BAD_USAGE: Final = 2
+FAILED: Final = 1
+# Everybody has been heard by then.
+LISTEN_S: Final = 2.5 * HEARTBEAT_INTERVAL_S
+REDRAW_S: Final = 0.5
+ANSWER_S: Final = 5.0
+CLEAR: Final = "\x1b[H\x1b[J"
+HEADINGS: Final = ("INSTANCE", "STATE", "UP", "RUNNING", "WAITING", "FREE BLOCKS", "PREFILL/S", "DECODE/S", "MODELS")
+T = TypeVar("T")
+
+
+def top(argv: Sequence[str]) -> int:
+    """Show every instance: again and again on a terminal, once elsewhere."""
+    try:
+        settings = load(OperatorSettings, argv, os.environ, prog="weft top")
+        asyncio.run(_top(settings))
+    except WeftError as error:
+        return _complain("weft top", error)
+    return 0
+
+
+def drain(argv: Sequence[str]) -> int:
+    """`drain INSTANCE`: let it finish its work and end; returns when it has."""
+    try:
+        if argv and not argv[0].startswith("-"):
+            settings = load(OperatorSettings, argv[1:], os.environ, prog="weft drain INSTANCE")
+            asyncio.run(_drain(settings, argv[0]))
+            return 0
+        load(OperatorSettings, argv, os.environ, prog="weft drain INSTANCE")
+        raise SettingsError("which instance? `weft top` lists them: weft drain INSTANCE")
+    except WeftError as error:
+        return _complain("weft drain", error)
+
+
+class Observer:
+    """Who is there and how loaded they are, from what they say of themselves."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.roster = Roster()
+        self.statuses: dict[str, WorkerStatus] = {}
+        self.changed = asyncio.Event()
+
+    async def start(self) -> None:
+        await self.bus.connect()
+        await self.bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_beat)
+        await self.bus.on(subjects.STATUS_ALL, WorkerStatus, self._on_status)
+        await self.bus.flush()
+
+    def members(self) -> list[Member]:
+        self.roster.expire(time.monotonic())
+        found = [member for role in subjects.PERMISSIONS for member in self.roster.members(role)]
+        return sorted(found, key=lambda member: (list(subjects.PERMISSIONS).index(member.role), member.instance))
+
+    def find(self, instance: str) -> Member | None:
+        return next((member for member in self.members() if member.instance == instance), None)
+
+    def _on_beat(self, beat: Heartbeat) -> None:
+        self.roster.apply(beat, time.monotonic())
+        self.changed.set()
+
+    def _on_status(self, status: WorkerStatus) -> None:
+        self.statuses[status.worker] = status
+
+
+def table(members: Sequence[Member], statuses: Mapping[str, WorkerStatus], now: float) -> str:
+    """One line an instance. Pure; `now` is wall time in seconds."""
+    rows = [HEADINGS, *(_row(member, statuses.get(member.instance), now) for member in members)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(member: Member, status: WorkerStatus | None, now: float) -> tuple[str, ...]:
+    # An epoch is the microsecond in which the life began.
+    head = (member.instance, member.state, _duration(now - member.epoch / 1e6))
+    models = ",".join(member.models) or "-"
+    if status is None or status.worker_epoch != member.epoch:
+        return (*head, "-", "-", "-", "-", "-", models)
+    return (
+        *head,
+        str(status.num_running),
+        str(status.num_waiting),
+        f"{status.num_free_blocks}/{status.num_blocks}",
+        f"{status.prefill_tokens_per_s:.0f}",
+        f"{status.decode_tokens_per_s:.0f}",
+        models,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(0, seconds):.0f}s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f}m"
+    return f"{seconds / 3600:.0f}h"
+
+
+async def _top(settings: OperatorSettings) -> None:
+    observer = Observer(_bus(settings))
+    try:
+        await observer.start()
+        await asyncio.sleep(LISTEN_S)
+        live = sys.stdout.isatty() and not settings.once
+        while True:
+            text = table(observer.members(), observer.statuses, time.time())
+            sys.stdout.write((CLEAR if live else "") + text)
+            sys.stdout.flush()
+            if not live:
+                return
+            await asyncio.sleep(REDRAW_S)
+    finally:
+        await observer.bus.close()
+
+
+async def _drain(settings: OperatorSettings, instance: str) -> None:
+    observer = Observer(_bus(settings))
+    try:
+        await observer.start()
+        member = await _wait(observer, instance)
+        await observer.bus.ask(
+            subjects.control(member.role, instance), Control("drain"), ControlReply, timeout_s=ANSWER_S
+        )
+        sys.stdout.write(f"{instance} is draining\n")
+        sys.stdout.flush()
+        while (now := observer.find(instance)) is not None and now.epoch == member.epoch:
+            observer.changed.clear()
+            await observer.changed.wait()
+        sys.stdout.write(f"{instance} has drained\n")
+    finally:
+        await observer.bus.close()
+
+
+async def _wait(observer: Observer, instance: str) -> Member:
+    try:
+        async with asyncio.timeout(LISTEN_S):
+            while (member := observer.find(instance)) is None:
+                observer.changed.clear()
+                await observer.changed.wait()
+            return member
+    except TimeoutError:
+        there = ", ".join(member.instance for member in observer.members()) or "nobody"
+        raise SettingsError(f"no instance {instance!r}; there is {there}") from None
+
+
+def _bus(settings: OperatorSettings) -> Bus:
+    mesh = MeshSettings(
+        nats_url=settings.nats_url, nats_user=settings.nats_user, nats_password=settings.nats_password, startup_s=5.0
+    )
+    if not settings.nats_url:
+        folder = data_folder.at(settings.data_path)
+        run_file = data_folder.read_run_file(folder)
+        if run_file is None:
+            raise SettingsError(f"no `weft up` runs in {folder.root}; start one, or say --nats-url or --data-path")
+        mesh = MeshSettings(
+            nats_url=run_file.nats_url,
+            nats_user=run_file.nats_user,
+            nats_password=run_file.nats_password,
+            startup_s=5.0,
+        )
+    return Bus(mesh, "supervisor", f"operator-{os.getpid()}")
+
+
+def _complain(prog: str, error: WeftError) -> int:
+    sys.stderr.write(f"{prog}: {error.message}\n")
+    return BAD_USAGE if isinstance(error, SettingsError) else FAILED

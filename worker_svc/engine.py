@@ -1,0 +1,527 @@
+"""The engine: takes requests in, computes step after step, and says what came of each.
+
+`Engine` is single-threaded and does no I/O: its shell `TorchEngine` gives it a thread, a queue and a model folder.
+What a step computes is decided in `batch.py`; blocks are `blocks.py`'s, the model is the runner's.
+
+What concerns one sequence (bad input, logits that are not finite, a prompt that cannot fit) ends that sequence with
+an error. Any other exception is a fault of the engine or the machine and ends the process: the gateways then recover
+all streams elsewhere, which no error here could do for them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from bisect import insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Final
+
+import torch
+
+from weft import model_folder
+from weft.columns import split_hashes, unpack_u32
+from weft.errors import InvariantViolation, WeftError
+from weft.hashing import BLOCK_SIZE, chain_root
+from weft.messages import (
+    FINISH_ERROR,
+    FINISH_LENGTH,
+    FINISH_NONE,
+    FINISH_STOP,
+    BlockHash,
+    Choice,
+    ErrorInfo,
+    TokenizedRequest,
+)
+from weft.model_folder import ModelFolder
+from weft.settings import WorkerSettings
+from worker_svc.batch import Limits, StepPlan, plan_step
+from worker_svc.blocks import BlockPool
+from worker_svc.checks import check_request
+from worker_svc.engine_io import (
+    Add,
+    BlocksLoaded,
+    Command,
+    Drop,
+    EngineLoad,
+    LoadWanted,
+    Started,
+    StepOutput,
+    TokenRow,
+)
+from worker_svc.kv_exchange import KvExchange
+from worker_svc.runner import Runner, StepInput
+from worker_svc.sampler import Logprobs, Sampler, Samples
+from worker_svc.sequence import Request, Sequence, State
+
+log = logging.getLogger(__name__)
+
+# How often an idle engine proves that its books balance.
+CHECK_INTERVAL_S: Final = 10.0
+# Weight of the past when a step's rate is counted in.
+RATE_MEMORY: Final = 0.95
+
+
+@dataclass(slots=True)
+class _Outbox:
+    rows: list[TokenRow] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
+    load: list[LoadWanted] = field(default_factory=list)
+    ended: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Rate:
+    """Tokens a second, the recent past weighing most, each step by its tokens."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> float:
+        self.tokens = RATE_MEMORY * self.tokens + tokens
+        self.seconds = RATE_MEMORY * self.seconds + seconds
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Engine:
+    """The step and the books around it."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        settings: WorkerSettings,
+        *,
+        digest: bytes,
+        eos_token_ids: Iterable[int],
+        load: EngineLoad | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args:
+        digest: what `model_folder.digest` says; names the model in block hashes.
+        load: numbers to keep up to date.
+        clock: monotonic seconds.
+        """
+        self.pool = BlockPool(runner.num_blocks)
+        self.exchange = KvExchange(
+            self.pool, kv_load=settings.kv_load, kv_offload=settings.kv_offload, block_bytes=runner.block_bytes
+        )
+        self.load = EngineLoad() if load is None else load
+        self.load.num_blocks = self.load.num_free_blocks = runner.num_blocks
+        self.load.cached_hashes = self.pool.hashes if settings.prefix_cache else list
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.batching)
+        self._prefix_cache = settings.prefix_cache
+        self._runner = runner
+        self._sampler = Sampler()
+        self._digest = digest
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._clock = clock
+        self._requests: dict[str, Request] = {}
+        self._num_arrived = 0
+        self._out = _Outbox()
+        self._prefill_rate = Rate()
+        self._decode_rate = Rate()
+        self._checked_at = -CHECK_INTERVAL_S
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something without a new command."""
+        return bool(self.running or self.waiting or self.exchange.has_offloads)
+
+    @torch.inference_mode()
+    def step(self, commands: Iterable[Command] = ()) -> StepOutput | None:
+        """Take in commands and compute one step. None: nothing happened that anyone need know."""
+        began = self._clock()
+        for command in commands:
+            self.apply(command)
+        plan = plan_step(self.waiting, self.running, self.pool, self._limits, began)
+        self._announce(plan)
+        sampled, samples = self._compute(plan)
+        self._commit(plan, sampled, samples)
+        self._count(plan, len(sampled), began)
+        return self._emit()
+
+    # ---- commands ----
+
+    def apply(self, command: Command) -> None:
+        match command:
+            case Add(request):
+                self._add(request)
+            case Drop():
+                self._drop(command)
+            case BlocksLoaded():
+                self._take_loaded(command)
+
+    def _add(self, request: TokenizedRequest) -> None:
+        held = self._requests.get(request.request_id)
+        if held is not None:
+            if held.epoch >= request.epoch:
+                return
+            self._drop(Drop(held.request_id, held.epoch))
+        group = Request(request.request_id, request.gateway, request.epoch)
+        sequences = self._make_sequences(request, group)
+        group.live += sequences
+        self._requests[request.request_id] = group
+        try:
+            check_request(
+                request,
+                model=request.model,
+                vocab_size=self._runner.vocab_size,
+                max_model_len=self._runner.max_model_len,
+            )
+        except WeftError as error:
+            for sequence in sequences:
+                self._fail(sequence, ErrorInfo.of(error))
+            return
+        for sequence in sequences:
+            self._enter(sequence)
+
+    def _make_sequences(self, request: TokenizedRequest, group: Request) -> list[Sequence]:
+        root: BlockHash | None = None
+        hashes: list[BlockHash] = []
+        if self._prefix_cache:
+            root = chain_root(self._digest, request.cache_salt)
+            hashes = [BlockHash(block_hash) for block_hash in split_hashes(request.block_hashes)]
+        elif len(request.choices) > 1:
+            # A root that no other request has: the choices share blocks, and nobody else does.
+            root = chain_root(self._digest, f"{request.request_id} {request.epoch}")
+        prompt = unpack_u32(request.prompt_token_ids)
+        return [self._make_sequence(request, choice, group, prompt, root, hashes) for choice in request.choices]
+
+    def _make_sequence(
+        self,
+        request: TokenizedRequest,
+        choice: Choice,
+        group: Request,
+        prompt: list[int],
+        root: BlockHash | None,
+        hashes: list[BlockHash],
+    ) -> Sequence:
+        sampling = request.sampling
+        self._num_arrived += 1
+        room = self._runner.max_model_len
+        stop_ids = frozenset(sampling.stop_token_ids)
+        return Sequence(
+            request=group,
+            arrival=self._num_arrived,
+            slot=choice.slot,
+            seed=choice.seed,
+            sampling=sampling,
+            token_ids=prompt + unpack_u32(choice.emitted),
+            num_prompt_tokens=len(prompt),
+            end_length=room if sampling.max_tokens is None else min(room, len(prompt) + sampling.max_tokens),
+            stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self._eos_token_ids,
+            root=root,
+            hashes=list(hashes),
+        )
+
+    def _enter(self, sequence: Sequence) -> None:
+        if len(sequence.token_ids) >= sequence.end_length:
+            self._start(sequence)
+            self._finish(sequence, FINISH_LENGTH)
+            return
+        if self._prefix_cache:
+            is_parked, wanted = self.exchange.park(sequence)
+            if wanted is not None:
+                self._out.load.append(wanted)
+            if is_parked:
+                return
+        self.waiting.append(sequence)
+
+    def _drop(self, drop: Drop) -> None:
+        request = self._requests.get(drop.request_id)
+        if request is None or request.epoch > drop.epoch:
+            return
+        for sequence in [s for s in request.live if not drop.slots or s.slot in drop.slots]:
+            self._end(sequence)
+
+    def _take_loaded(self, loaded: BlocksLoaded) -> None:
+        """Put blocks into the prefix cache, held by nobody, and let those that waited for them go on."""
+        blocks, sequences = self.exchange.take(loaded)
+        # What is here of the prefix already must not be evicted to make room for the rest of it.
+        held = self.pool.lookup(sequences[0].hashes) if sequences else []
+        self.pool.touch(held)
+        blocks = blocks[: self.pool.num_free_blocks]
+        block_ids = self.pool.allocate(len(blocks))
+        self._runner.write_blocks(block_ids, [block for _, block in blocks])
+        for block_id, (block_hash, _) in zip(block_ids, blocks, strict=True):
+            self.pool.commit(block_id, block_hash)
+        self.pool.free(held + block_ids)
+        for sequence in sequences:
+            sequence.state = State.WAITING
+            insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
+
+    # ---- the step ----
+
+    def _announce(self, plan: StepPlan) -> None:
+        for sequence in plan.admitted:
+            self._start(sequence)
+            self._offer(sequence.hashes[: sequence.num_committed_blocks])
+        for sequence, error in plan.rejected:
+            self._fail(sequence, ErrorInfo.of(error))
+        self.load.num_preemptions += len(plan.preempted)
+
+    def _compute(self, plan: StepPlan) -> tuple[list[Sequence], Samples]:
+        """Run the model; sample for the sequences whose last token was computed."""
+        for source, target in plan.copies:
+            self._runner.copy_block(source, target)
+        if not plan.num_scheduled_tokens:
+            return [], Samples([], {}, {})
+        step, sampled = make_step_input(plan)
+        logits = self._runner.forward(step)
+        if not sampled:
+            return [], Samples([], {}, {})
+        return sampled, self._sampler.sample(logits, sampled)
+
+    def _commit(self, plan: StepPlan, sampled: list[Sequence], samples: Samples) -> None:
+        for sequence, count in plan.num_scheduled_tokens.items():
+            sequence.num_computed_tokens += count
+            if sequence.num_computed_tokens // BLOCK_SIZE > sequence.num_committed_blocks:
+                self._commit_blocks(sequence)
+        for row, (sequence, token_id) in enumerate(zip(sampled, samples.token_ids, strict=True)):
+            error = samples.errors.get(row)
+            if error is None:
+                self._append(sequence, token_id, samples.logprobs.get(row))
+            else:
+                self._fail(sequence, error)
+
+    def _commit_blocks(self, sequence: Sequence) -> None:
+        """Give the blocks that became full their hashes."""
+        if sequence.root is None:
+            return
+        hashes = sequence.extend_hashes()
+        full = sequence.num_computed_tokens // BLOCK_SIZE
+        for i in range(sequence.num_committed_blocks, full):
+            self.pool.commit(sequence.block_table[i], hashes[i])
+        self._offer(hashes[sequence.num_committed_blocks : full])
+        sequence.num_committed_blocks = full
+
+    def _offer(self, hashes: Iterable[BlockHash]) -> None:
+        if self._prefix_cache:
+            for block_hash in hashes:
+                self.exchange.offer(block_hash)
+
+    def _append(self, sequence: Sequence, token_id: int, logprobs: Logprobs | None) -> None:
+        index = sequence.num_output_tokens
+        sequence.token_ids.append(token_id)
+        if token_id in sequence.stop_ids:
+            finish = FINISH_STOP
+        elif len(sequence.token_ids) >= sequence.end_length:
+            finish = FINISH_LENGTH
+        else:
+            finish = FINISH_NONE
+        request = sequence.request
+        self._out.rows.append(
+            TokenRow(
+                request.request_id,
+                request.gateway,
+                sequence.slot,
+                request.epoch,
+                index,
+                (token_id,),
+                finish,
+                () if logprobs is None else (logprobs,),
+            )
+        )
+        if finish:
+            self._end(sequence)
+
+    def _count(self, plan: StepPlan, num_sampled: int, began: float) -> None:
+        load, now = self.load, self._clock()
+        num_tokens = sum(plan.num_scheduled_tokens.values())
+        if num_tokens > num_sampled:
+            load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, now - began)
+        elif num_tokens:
+            load.decode_tokens_per_s = self._decode_rate.add(num_tokens, now - began)
+        self.exchange.prefill_tokens_per_s = load.prefill_tokens_per_s
+        load.num_steps += 1
+        load.num_output_tokens += num_sampled
+        load.num_running = len(self.running)
+        load.num_waiting = len(self.waiting) + self.exchange.num_loading
+        load.num_waiting_tokens = sum(sequence.num_uncomputed_tokens for sequence in self.waiting) + sum(
+            count for count in [sequence.num_uncomputed_tokens for sequence in self.running] if count > 1
+        )
+        load.num_free_blocks = self.pool.num_free_blocks
+        load.last_step_at = now
+        load.is_idle = not (self.running or self.waiting)
+        if load.is_idle and now - self._checked_at >= CHECK_INTERVAL_S:
+            self._checked_at = now
+            self._check()
+
+    def _check(self) -> None:
+        """With nothing running nobody may hold a block."""
+        try:
+            self.pool.check(())
+        except InvariantViolation as violation:
+            self.load.num_violations += 1
+            log.error("books of the block pool do not balance", extra={"violation": violation.message})
+
+    def _emit(self) -> StepOutput | None:
+        out, self._out = self._out, _Outbox()
+        stored, removed = self.pool.take_changes()
+        offloads = self.exchange.next_offloads()
+        data = self._runner.read_blocks([block_id for _, block_id in offloads]) if offloads else []
+        if not self._prefix_cache:
+            stored = removed = ()
+        if not (out.rows or out.started or out.load or out.ended or stored or removed or data):
+            return None
+        return StepOutput(
+            rows=tuple(out.rows),
+            started=tuple(out.started),
+            stored=stored,
+            removed=removed,
+            offload=tuple(zip([block_hash for block_hash, _ in offloads], data, strict=True)),
+            load=tuple(out.load),
+            ended=tuple(out.ended),
+        )
+
+    # ---- beginnings and ends ----
+
+    def _start(self, sequence: Sequence) -> None:
+        """Tell of a request when the first of its sequences starts."""
+        request = sequence.request
+        if request.is_started:
+            return
+        request.is_started = True
+        num_prompt = sequence.num_prompt_tokens
+        num_cached = min(sequence.num_cached_tokens, num_prompt)
+        self.load.num_prompt_tokens += num_prompt
+        self.load.num_cached_tokens += num_cached
+        self._out.started.append(Started(request.request_id, request.gateway, request.epoch, num_prompt, num_cached))
+
+    def _fail(self, sequence: Sequence, error: ErrorInfo) -> None:
+        self._finish(sequence, FINISH_ERROR, error)
+
+    def _finish(self, sequence: Sequence, finish: int, error: ErrorInfo | None = None) -> None:
+        """End a sequence without a token."""
+        request, index = sequence.request, sequence.num_output_tokens
+        self._out.rows.append(
+            TokenRow(request.request_id, request.gateway, sequence.slot, request.epoch, index, (), finish, error=error)
+        )
+        self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Let go of a sequence in whatever state it is."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence.state is State.LOADING:
+            self.exchange.forget(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.pool.free(sequence.release())
+        sequence.state = State.FINISHED
+        request = sequence.request
+        request.live.remove(sequence)
+        if not request.live:
+            del self._requests[request.request_id]
+            self._out.ended.append((request.request_id, request.epoch))
+
+
+def make_step_input(plan: StepPlan) -> tuple[StepInput, list[Sequence]]:
+    """The plan as the runner's columns, and the sequences of its `logit_rows`: those that have no token left."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    seq_lens: list[int] = []
+    tables: list[list[int]] = []
+    logit_rows: list[int] = []
+    sampled: list[Sequence] = []
+    for sequence, count in plan.num_scheduled_tokens.items():
+        start, table = sequence.num_computed_tokens, sequence.block_table
+        end = start + count
+        if count == 1:
+            token_ids.append(sequence.token_ids[start])
+            positions.append(start)
+            slots.append(table[start // BLOCK_SIZE] * BLOCK_SIZE + start % BLOCK_SIZE)
+        else:
+            token_ids += sequence.token_ids[start:end]
+            positions += range(start, end)
+            slots += [table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(start, end)]
+        seq_lens.append(end)
+        tables.append(table)
+        if end == len(sequence.token_ids):
+            logit_rows.append(len(token_ids) - 1)
+            sampled.append(sequence)
+    query_lens = list(plan.num_scheduled_tokens.values())
+    return StepInput(token_ids, positions, slots, query_lens, seq_lens, tables, logit_rows), sampled
+
+
+class TorchEngine:
+    """A thread around `Engine`."""
+
+    def __init__(self, folder: ModelFolder, settings: WorkerSettings) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._inbox: SimpleQueue[Command | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.load = EngineLoad()
+        # What a block's bytes mean, and how many they are; known after `start`.
+        self.layout = b""
+        self.block_bytes = 0
+        # Set by the service.
+        self.remote_cache_available = False
+        self.load_bytes_per_s = 0.0
+
+    def start(self, on_output: Callable[[StepOutput], None]) -> None:
+        settings = self._settings
+        digest = model_folder.digest(self._folder)
+        runner = Runner(
+            self._folder,
+            device=settings.device,
+            dtype=settings.dtype,
+            kv_memory=settings.kv_memory,
+            threads=settings.threads,
+        )
+        self.layout, self.block_bytes = runner.layout, runner.block_bytes
+        warm_up(runner, settings.max_num_batched_tokens)
+        engine = Engine(runner, settings, digest=digest, eos_token_ids=self._folder.eos_token_ids, load=self.load)
+        self._thread = threading.Thread(target=self._run, args=(engine, on_output), name="engine", daemon=True)
+        # What is loaded by now stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        self._thread.start()
+
+    def submit(self, command: Command) -> None:
+        self._inbox.put(command)
+
+    def stop(self) -> None:
+        self._inbox.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+            gc.unfreeze()
+
+    def _run(self, engine: Engine, on_output: Callable[[StepOutput], None]) -> None:
+        try:
+            while (commands := self._receive(engine.has_work)) is not None:
+                engine.exchange.set_available(self.remote_cache_available)
+                engine.exchange.load_bytes_per_s = self.load_bytes_per_s
+                output = engine.step(commands)
+                if output is not None:
+                    on_output(output)
+        except Exception as error:
+            log.exception("engine failed")
+            self.load.failure = error
+
+    def _receive(self, has_work: bool) -> list[Command] | None:
+        """All commands that are there, or, without work, the next one that comes; None ends the thread."""
+        commands: list[Command] = []
+        try:
+            command = self._inbox.get_nowait() if has_work else self._inbox.get()
+            while command is not None:
+                commands.append(command)
+                command = self._inbox.get_nowait()
+        except Empty:
+            return commands
+        return None
+
+
+def warm_up(runner: Runner, max_num_batched_tokens: int) -> None:
+    """Compute a short and a long step, so that the first request does not wait for what torch does once."""
+    for count in (1, min(max_num_batched_tokens, runner.max_model_len)):
+        ids = list(range(count))
+        table = list(range(-(-count // BLOCK_SIZE)))
+        runner.forward(StepInput([0] * count, ids, ids, [count], [count], [table], [count - 1]))

@@ -1,0 +1,146 @@
+"""Which blocks a worker asks of the cache service, and which it gives. Pure: the engine moves the bytes.
+
+A new sequence whose first blocks are not here may wait for them (state LOADING) if loading is thought to be faster
+than computing; others that lack the same block wait with it. Full blocks are offered once each, a few a step.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Final
+
+from weft.hashing import BLOCK_SIZE
+from weft.messages import BlockHash
+from worker_svc.blocks import BlockPool
+from worker_svc.engine_io import BlocksLoaded, LoadWanted
+from worker_svc.sequence import Sequence, State
+
+# Asking costs messages and a wait; this little is computed sooner.
+MIN_AUTO_BLOCKS: Final = 4
+LOAD_LATENCY_S: Final = 0.005
+# Reading a block costs the step that it is read in.
+MAX_OFFLOADS_PER_STEP: Final = 8
+MAX_OFFLOADS_QUEUED: Final = 8192
+MAX_OFFERED: Final = 262_144
+
+
+@dataclass(slots=True)
+class _Load:
+    first: BlockHash
+    wanted: frozenset[BlockHash]
+    sequences: list[Sequence] = field(default_factory=list)
+
+
+class KvExchange:
+    """The books of what was asked and offered.
+
+    `is_available`, `load_bytes_per_s` and `prefill_tokens_per_s` are told from outside; a rate of 0 is not known yet.
+    """
+
+    def __init__(self, pool: BlockPool, *, kv_load: str, kv_offload: bool, block_bytes: int) -> None:
+        self.is_available = False
+        self.load_bytes_per_s = 0.0
+        self.prefill_tokens_per_s = 0.0
+        self._pool = pool
+        self._kv_load = kv_load
+        self._kv_offload = kv_offload
+        self._block_bytes = block_bytes
+        self._loads: dict[tuple[str, int], _Load] = {}
+        self._load_of: dict[BlockHash, _Load] = {}  # by the first block that is asked for
+        self._queue: OrderedDict[BlockHash, None] = OrderedDict()
+        self._offered: OrderedDict[BlockHash, None] = OrderedDict()  # oldest first
+
+    @property
+    def num_loading(self) -> int:
+        return sum(len(load.sequences) for load in self._loads.values())
+
+    @property
+    def has_offloads(self) -> bool:
+        return bool(self._queue)
+
+    def set_available(self, is_available: bool) -> None:
+        """A cache service that comes (back) may hold nothing: offer everything anew from then on."""
+        if is_available and not self.is_available:
+            self._offered.clear()
+        self.is_available = is_available
+
+    def park(self, sequence: Sequence) -> tuple[bool, LoadWanted | None]:
+        """Decide whether a new sequence waits for blocks, and whether these are to be asked for.
+
+        Mutates: the sequence's state, if it waits.
+        """
+        if not self.is_available or self._kv_load == "never":
+            return False, None
+        hashes = sequence.extend_hashes()
+        missing = hashes[len(self._pool.lookup(hashes)) :]
+        if not missing:
+            return False, None
+        load, wanted = self._load_of.get(missing[0]), None
+        if load is None:
+            if not self._is_worth_it(len(missing)):
+                return False, None
+            request = sequence.request
+            wanted = LoadWanted(request.request_id, request.epoch, tuple(missing))
+            load = self._load_of[missing[0]] = _Load(missing[0], frozenset(missing))
+            self._loads[request.request_id, request.epoch] = load
+        load.sequences.append(sequence)
+        sequence.state = State.LOADING
+        return True, wanted
+
+    def _is_worth_it(self, num_blocks: int) -> bool:
+        if self._kv_load == "always":
+            return True
+        if num_blocks < MIN_AUTO_BLOCKS:
+            return False
+        if not self.load_bytes_per_s or not self.prefill_tokens_per_s:
+            return True
+        load_s = LOAD_LATENCY_S + num_blocks * self._block_bytes / self.load_bytes_per_s
+        return load_s < num_blocks * BLOCK_SIZE / self.prefill_tokens_per_s
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence that was dropped while it waited. Others may still wait for what it asked for."""
+        for load in self._loads.values():
+            if sequence in load.sequences:
+                load.sequences.remove(sequence)
+
+    def take(self, loaded: BlocksLoaded) -> tuple[list[tuple[BlockHash, bytes]], list[Sequence]]:
+        """What came of a load: the blocks that are asked for and still not here, and who waited for them.
+
+        The caller sets the state of these sequences.
+        """
+        load = self._loads.pop((loaded.request_id, loaded.epoch), None)
+        if load is None:
+            return [], []
+        del self._load_of[load.first]
+        blocks: list[tuple[BlockHash, bytes]] = []
+        for block_hash, block in zip(loaded.hashes, loaded.blocks, strict=False):
+            if block_hash not in load.wanted or len(block) != self._block_bytes:
+                break
+            self._remember(block_hash)
+            if self._pool.block_of(block_hash) is None:
+                blocks.append((block_hash, block))
+        return blocks, load.sequences
+
+    def offer(self, block_hash: BlockHash) -> None:
+        """A block has been filled: queue it for the cache service, unless it was offered before."""
+        if not (self.is_available and self._kv_offload) or block_hash in self._offered:
+            return
+        if len(self._queue) < MAX_OFFLOADS_QUEUED:
+            self._queue[block_hash] = None
+            self._remember(block_hash)
+
+    def next_offloads(self) -> list[tuple[BlockHash, int]]:
+        """The next few (hash, block id) to read, without those that were evicted meanwhile."""
+        found: list[tuple[BlockHash, int]] = []
+        while self._queue and len(found) < MAX_OFFLOADS_PER_STEP:
+            block_hash, _ = self._queue.popitem(last=False)
+            block_id = self._pool.block_of(block_hash)
+            if block_id is not None:
+                found.append((block_hash, block_id))
+        return found
+
+    def _remember(self, block_hash: BlockHash) -> None:
+        self._offered[block_hash] = None
+        if len(self._offered) > MAX_OFFERED:
+            self._offered.popitem(last=False)
