@@ -44,10 +44,14 @@ class Match:
     def longest(self) -> int:
         return self.levels[-1][0] if self.levels else 0
 
-    @property
-    def holders(self) -> int:
-        """Mask of those with the longest match."""
-        return self.levels[-1][1] if self.levels else 0
+    def holder_bits(self) -> set[int]:
+        """Those with the longest match."""
+        # By way of a string, since shifting a mask of a thousand bits a thousand times is slow.
+        return (
+            {bit for bit, flag in enumerate(reversed(f"{self.levels[-1][1]:b}")) if flag == "1"}
+            if self.levels
+            else set()
+        )
 
     def depth(self, bit: int) -> int:
         return max((depth for depth, mask in self.levels if mask >> bit & 1), default=0)

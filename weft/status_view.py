@@ -11,6 +11,7 @@ from weft.supervisor import Child, News
 
 FRAMES: Final = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 FRAMES_PER_S: Final = 10
+BAR_CHARS: Final = 20
 # More processes of a role than this share a line.
 MAX_LINES_OF_A_ROLE: Final = 8
 
@@ -114,7 +115,15 @@ def _line(child: Child, now: float) -> str:
         case _:
             doing = "starting" if child.epoch is None or child.spec.role != "worker" else "loading"
             # Nothing has begun before the NATS server is up.
-            return f"  {_spinner(now)} {name} {doing:9} {now - child.since if child.since else 0.0:5.1f} s"
+            taken = now - child.since if child.since else 0.0
+            return f"  {_spinner(now)} {name} {doing:9} {taken:5.1f} s{_bar(child.loaded)}"
+
+
+def _bar(share: float) -> str:
+    if not share:
+        return ""
+    full = int(share * BAR_CHARS)
+    return f"  {'█' * full}{'░' * (BAR_CHARS - full)} {share:4.0%}"
 
 
 def _spinner(now: float) -> str:

@@ -25,8 +25,8 @@ from typing import Final, Literal
 from weft import nats_config, subjects
 from weft.bus import Bus
 from weft.data_folder import DataFolder
-from weft.errors import Overloaded, SettingsError
-from weft.messages import Heartbeat, Role
+from weft.errors import Overloaded, SettingsError, WeftError
+from weft.messages import Control, ControlReply, Heartbeat, Role
 from weft.settings import MeshSettings
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ LONGEST_DELAY_S: Final = 10.0
 STABLE_S: Final = 30.0
 # A ready child that has not beaten for this long hangs. Far above the roster's time-out: streams have long moved on.
 HUNG_S: Final = 20.0
+# How often a worker that loads is asked how far it is.
+LOADING_INTERVAL_S: Final = 0.25
 # Deaths before a child was ever ready, after which starting it again is no use.
 MAX_START_FAILURES: Final = 5
 # Children have nothing left to do once the gateway has drained.
@@ -71,6 +73,7 @@ class Child:
     past_epoch: int = 0
     was_ready: bool = False  # in any life
     failures: int = 0  # deaths since it last was stable
+    loaded: float = 0.0  # share of the weights that a worker has loaded
     process: Process | None = None
     log_offset: int = 0  # where this life's part of the log begins
 
@@ -126,6 +129,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._loading: asyncio.Task[None] | None = None
 
     @property
     def children(self) -> list[Child]:
@@ -242,7 +246,7 @@ class Supervisor:
                 start_new_session=True,
             )  # fmt: skip
         child.process, child.state, child.since, child.epoch = process, "starting", time.monotonic(), None
-        child.ready_at = 0.0
+        child.ready_at = child.loaded = 0.0
         if self._stopping.is_set():
             self._signal(child, signal.SIGKILL)
         log.info("started", extra={"child": child.spec.name, "pid": process.pid})
@@ -301,6 +305,7 @@ class Supervisor:
         bus.on_closed.append(closed.set)
         await bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_beat)
         await bus.flush()
+        self._loading = asyncio.create_task(self._watch_loading(bus), name="watch loading")
         # nats-py may swallow the cancellation of `connect`: the loop's end cannot depend on it.
         while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
@@ -312,6 +317,27 @@ class Supervisor:
                 self._end_hung(time.monotonic())
             for child in self.children:
                 await asyncio.to_thread(_trim_log, self._folder.log(child.spec.name))
+
+    async def _watch_loading(self, bus: Bus) -> None:
+        """Ask workers that load how far they are, until all is to stop."""
+        while not self._stopping.is_set():
+            await asyncio.gather(
+                *(
+                    self._ask_loaded(bus, child)
+                    for child in self.services.values()
+                    if child.spec.role == "worker" and child.state == "starting" and child.epoch is not None
+                )
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOADING_INTERVAL_S):
+                    await self._stopping.wait()
+
+    async def _ask_loaded(self, bus: Bus, child: Child) -> None:
+        # A worker that does not say, or not now, is simply loading.
+        with contextlib.suppress(WeftError):
+            subject = subjects.control("worker", child.spec.name)
+            reply = await bus.ask(subject, Control("stats"), ControlReply, timeout_s=1.0)
+            child.loaded = reply.stats.get("engine_loaded", 0.0)
 
     def _bus_settings(self) -> MeshSettings:
         if not self._passwords:
@@ -369,6 +395,9 @@ class Supervisor:
             (("cache",), END_S),
         ):
             await self._end([child for child in self.services.values() if child.spec.role in roles], patience_s)
+        if self._loading:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
         if self._bus:
             await self._bus.close()
         if self.nats:

@@ -162,10 +162,6 @@ class Engine:
             if held.epoch >= request.epoch:
                 return
             self._drop(Drop(held.request_id, held.epoch))
-        group = Request(request.request_id, request.gateway, request.epoch)
-        sequences = self._make_sequences(request, group)
-        group.live += sequences
-        self._requests[request.request_id] = group
         try:
             check_request(
                 request,
@@ -174,11 +170,30 @@ class Engine:
                 max_model_len=self._runner.max_model_len,
             )
         except WeftError as error:
-            for sequence in sequences:
-                self._fail(sequence, ErrorInfo.of(error))
+            self._refuse(request, ErrorInfo.of(error))
             return
-        for sequence in sequences:
+        group = Request(request.request_id, request.gateway, request.epoch)
+        group.live += self._make_sequences(request, group)
+        self._requests[request.request_id] = group
+        for sequence in list(group.live):
             self._enter(sequence)
+
+    def _refuse(self, request: TokenizedRequest, error: ErrorInfo) -> None:
+        """End a request that cannot even become sequences."""
+        for choice in request.choices:
+            self._out.rows.append(
+                TokenRow(
+                    request.request_id,
+                    request.gateway,
+                    choice.slot,
+                    request.epoch,
+                    len(choice.emitted) // 4,
+                    (),
+                    FINISH_ERROR,
+                    error=error,
+                )
+            )
+        self._out.ended.append((request.request_id, request.epoch))
 
     def _make_sequences(self, request: TokenizedRequest, group: Request) -> list[Sequence]:
         root: BlockHash | None = None
@@ -475,6 +490,7 @@ class TorchEngine:
             dtype=settings.dtype,
             kv_memory=settings.kv_memory,
             threads=settings.threads,
+            on_progress=lambda share: setattr(self.load, "loaded", share),
         )
         self.layout, self.block_bytes = runner.layout, runner.block_bytes
         warm_up(runner, settings.max_num_batched_tokens)

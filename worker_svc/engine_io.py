@@ -105,6 +105,7 @@ class EngineLoad:
     num_output_tokens: int = 0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    loaded: float = 0.0  # share of the weights
     last_step_at: float = 0.0  # monotonic seconds
     is_idle: bool = True
     failure: Exception | None = None  # what ended the engine's thread; the process should end too

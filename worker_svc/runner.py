@@ -6,7 +6,7 @@ Knows tokens, positions and slots; what they belong to, and why, is the engine's
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
@@ -56,6 +56,7 @@ class Runner:
         dtype: str,
         kv_memory: int,
         threads: int,
+        on_progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Load the weights and allocate the KV cache.
 
@@ -64,6 +65,7 @@ class Runner:
             dtype: of weights and KV; "auto" is float32 on the CPU, else what the config says.
             kv_memory: bytes.
             threads: of the CPU; 0 leaves the mesh its share.
+            on_progress: called with the share of the weights loaded so far.
 
         Raises:
             SettingsError: names what in the folder or the settings does not work.
@@ -73,6 +75,7 @@ class Runner:
         torch.set_num_threads(resolve_threads(threads, DEFAULT_THREADS))
         spec = read_spec(folder)
         with torch.inference_mode(), Checkpoint(folder.path) as checkpoint:
+            checkpoint.on_progress = on_progress
             self._decoder = Decoder(spec, checkpoint, self._dtype, self.device)
         self._windows = sorted(set(spec.windows), key=lambda window: window or 0)
         self.vocab_size = spec.vocab_size

@@ -213,7 +213,7 @@ class _Batch:
         return torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Rows:
     """Rows of a batch and their parameters; columns are [size, 1]."""
 

@@ -97,8 +97,9 @@ class WorkerService:
             loop.call_soon_threadsafe(self._on_output, output)
 
         engine = await asyncio.to_thread(_make_engine, self._folder, self._settings)
-        await asyncio.to_thread(engine.start, hand_over)
+        # Before it has started: `stats` tells how far it has loaded.
         self._engine = engine
+        await asyncio.to_thread(engine.start, hand_over)
         await self._start_kv(engine)
         await self._bus.on(subjects.CANCEL, Cancel, self._on_cancel)
         await self._bus.on(subjects.assign(self._instance), Assignment, self._on_assignment)

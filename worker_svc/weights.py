@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,9 @@ class Checkpoint:
             SettingsError: no weights, or a file that is missing, broken or contradicts the index.
         """
         self.name = folder.name
+        # Called with the share of the tensors read so far, after each.
+        self.on_progress: Callable[[float], None] = lambda share: None
+        self._num_read = 0
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}  # by the tensor's name
         try:
@@ -90,6 +93,8 @@ class Checkpoint:
             tensor: torch.Tensor = self._files[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise SettingsError(f"{self.name}: weight {name} cannot be read: {error}") from error
+        self._num_read += 1
+        self.on_progress(min(1.0, self._num_read / len(self._files)))
         return tensor
 
     def _open(self, file: Path, names: frozenset[str] | None) -> None:

@@ -87,9 +87,7 @@ class PrefixAware:
         elif self._is_unbalanced(candidates):
             chosen, rule = min(candidates, key=_rank), "unbalanced"
         else:
-            holders = match.holders
-            chosen = min((worker for worker in candidates if holders >> worker.bit & 1), key=_rank)
-            rule = "longest match"
+            chosen, rule = min(_holders(candidates, match), key=_rank), "longest match"
         return _decision(self.name, rule, chosen, candidates, match, num_blocks)
 
     def _is_unbalanced(self, candidates: Sequence[Worker]) -> bool:
@@ -123,19 +121,14 @@ def _decision(
     )
 
 
+def _holders(candidates: Sequence[Worker], match: Match) -> list[Worker]:
+    bits = match.holder_bits()
+    return [worker for worker in candidates if worker.bit in bits]
+
+
 def _scores(chosen: Worker, candidates: Sequence[Worker], match: Match) -> tuple[Score, ...]:
-    """The chosen one first, then some that hold most of the prompt, then the first of the others."""
-    shown = {chosen.name: chosen}
-    if match.longest and len(candidates) > MAX_SCORES:
-        holders = match.holders
-        for worker in candidates:
-            if len(shown) == MAX_SCORES:
-                break
-            if holders >> worker.bit & 1:
-                shown[worker.name] = worker
-    for worker in candidates[: MAX_SCORES + 1]:
-        if len(shown) < MAX_SCORES:
-            shown[worker.name] = worker
-    return tuple(
-        Score(worker.name, worker.load, worker.waiting_tokens, match.depth(worker.bit)) for worker in shown.values()
-    )
+    """The chosen one first, then those that hold most of the prompt, then the first of the others."""
+    holders = _holders(candidates, match) if match.longest else []
+    nearest = (chosen, *holders[:MAX_SCORES], *candidates[:MAX_SCORES])
+    shown = list({worker.name: worker for worker in nearest}.values())[:MAX_SCORES]
+    return tuple(Score(worker.name, worker.load, worker.waiting_tokens, match.depth(worker.bit)) for worker in shown)

@@ -164,8 +164,9 @@ async def test_model_that_no_worker_can_run_is_one_sentence(
     whole = json.loads((source / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**whole, **config}))
     running = up.start(tmp_path / "data", "--model", str(broken))
-    assert running.process.wait(timeout=60) == 2
-    running.wait_for(rf"^weft up: worker-0: .*{words}", timeout_s=5)
+    running.wait_for(rf"^weft up: worker-0: .*{words}")
+    assert running.process.wait(timeout=10) == 2
+    running.end()
     assert "Traceback" not in "\n".join(running.lines)
 
 

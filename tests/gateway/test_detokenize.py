@@ -13,7 +13,25 @@ from gateway.detokenize import ByteLevelDetokenizer, TokenWiseDetokenizer, Vocab
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = ["Ġhello", "Ġworld", "âĤ¬", "ðŁĺ", "Ģ", "ĠðŁĺĢ", "ÃŃ", "plain text", "¯\\_", "日本"]
-PIECES = ["▁", "▁Hello", "▁world", "s", "##ing", "##", "a▁b", "▁▁", " ", "  x", ".", " .", "n't", "'", "</w>", "é", "日"]
+PIECES = [
+    "▁",
+    "▁Hello",
+    "▁world",
+    "s",
+    "##ing",
+    "##",
+    "a▁b",
+    "▁▁",
+    " ",
+    "  x",
+    ".",
+    " .",
+    "n't",
+    "'",
+    "</w>",
+    "é",
+    "日",
+]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)] + ["<0x+F>", "<0xGG>", "▁<0x41>", "<0x41>x"]
 
 
@@ -48,7 +66,12 @@ TOKENIZERS = {
     "strip three": build(
         PIECES + BYTES,
         decoders.Sequence(
-            [decoders.Metaspace(prepend_scheme="never"), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 3)]
+            [
+                decoders.Metaspace(prepend_scheme="never"),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 3),
+            ]
         ),
     ),
     "word piece": build(PIECES, decoders.WordPiece()),

@@ -324,3 +324,14 @@ def test_models_are_those_of_ready_workers(model: str) -> None:
     assert state.models() == []
     state.on_status(make_status(model=model), 0.1)
     assert state.models() == [model]
+
+
+def test_request_that_is_put_back_keeps_its_place() -> None:
+    state = make_state()
+    requests = [make_request(name) for name in "zyx"]
+    for request in requests:
+        state.on_request(request, 0.0)
+    assert told(state.on_status(make_status(max_num_seqs=1), 0.1)) == [("dispatch", "z", "w0")]
+    state.on_declined(Declined(requests[0], "w0", "full"), 0.2)
+    actions = state.on_status(make_status(), 0.3)
+    assert [name for _, name, _ in told(actions)] == ["z", "y", "x"]

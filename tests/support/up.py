@@ -35,13 +35,15 @@ class Up:
     url: str = ""
     changed: threading.Condition = field(default_factory=threading.Condition)
     ended: bool = False
+    reader: threading.Thread | None = None
 
     def read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self.changed:
-                self.lines.append(line.rstrip("\n"))
-                self.changed.notify_all()
+        with self.process.stdout as output:
+            for line in output:
+                with self.changed:
+                    self.lines.append(line.rstrip("\n"))
+                    self.changed.notify_all()
         with self.changed:
             self.ended = True
             self.changed.notify_all()
@@ -79,8 +81,19 @@ class Up:
         return self.process.wait(timeout=60)
 
 
+    def end(self) -> int:
+        """Kill it if it still runs, and let go of it; the exit status."""
+        if self.process.poll() is None:
+            self.process.kill()
+        status = self.process.wait()
+        assert self.reader is not None and self.process.stdout is not None
+        self.reader.join()
+        self.process.stdout.close()
+        return status
+
+
 def start(folder: Path, *argv: str) -> Up:
-    """Start without waiting."""
+    """Start without waiting. Whoever calls this calls `end`."""
     process = subprocess.Popen(
         [WEFT, "up", "--port", "0", *argv],
         env=environ(folder),
@@ -91,7 +104,8 @@ def start(folder: Path, *argv: str) -> Up:
         start_new_session=True,
     )
     up = Up(process, folder)
-    threading.Thread(target=up.read, daemon=True).start()
+    up.reader = threading.Thread(target=up.read, daemon=True)
+    up.reader.start()
     return up
 
 
@@ -103,6 +117,4 @@ def running(folder: Path, *argv: str) -> Iterator[Up]:
         up.url = up.wait_for(r"^Weft serves \S+ at (\S+)")[1]
         yield up
     finally:
-        if up.process.poll() is None:
-            up.process.kill()
-        up.process.wait()
+        up.end()

@@ -232,12 +232,14 @@ def test_status_lines_tell_starting_from_loading_from_ready() -> None:
         child("gateway-0", "gateway", "starting", since=1.0),
         child("worker-0", "worker", "starting", since=1.0, epoch=1),
         child("cache-0", "cache", "waiting"),
+        child("worker-1", "worker", "starting", since=1.0, epoch=1, loaded=0.5),
     ]
     lines = status_view.status_lines(children, now=3.5)
     assert "✓ nats           ready       0.1 s" in lines[0]
     assert "gateway-0      starting    2.5 s" in lines[1]
     assert "worker-0       loading     2.5 s" in lines[2]
-    assert "cache-0        died" in lines[3]
+    assert "cache-0        died" in lines[4]
+    assert lines[3].endswith("loading     2.5 s  ██████████░░░░░░░░░░  50%")
 
 
 def test_many_workers_share_a_line() -> None:

@@ -2,6 +2,7 @@ import math
 import queue
 import random
 
+import msgspec
 import pytest
 
 from tests.support.engine_requests import DIGEST, make_folder, make_request, make_settings
@@ -221,6 +222,17 @@ def test_bad_request_fails_alone(changes: dict[str, object], words: str) -> None
     assert outcome.finish == FINISH_ERROR and outcome.error is not None and words in outcome.error.message
     assert isinstance(outcome.error.to_error(), InvalidRequest)
     assert record.tokens("good", 1) == runner.greedy(prompt_of(10), 8)
+
+
+def test_columns_that_are_cut_off_fail_alone() -> None:
+    engine, runner = make_engine()
+    whole = make_request(prompt_of(20), emitted=[(), ()])
+    for column in ("prompt_token_ids", "block_hashes"):
+        cut = msgspec.structs.replace(whole, **{column: getattr(whole, column)[:-1]})
+        record = run(engine, [Add(cut)])
+        assert [record.outcomes["r0", slot].finish for slot in (0, 1)] == [FINISH_ERROR] * 2
+        assert record.ended == [("r0", 0)]
+    assert run(engine, [add(prompt_of(20))]).tokens() == runner.greedy(prompt_of(20), 8)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

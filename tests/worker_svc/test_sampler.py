@@ -18,7 +18,7 @@ from transformers import (
 from tests.support.engine_requests import make_sequence
 from weft.messages import SamplingParams
 from worker_svc import sampler
-from worker_svc.sampler import FIRST_CANDIDATES, Sampler, Samples, full_noise, gumbel, philox
+from worker_svc.sampler import FIRST_CANDIDATES, Sampler, Samples, candidate_noise, full_noise, gumbel, philox
 from worker_svc.sequence import Sequence
 
 V = 200
@@ -70,6 +70,13 @@ def test_noise_depends_on_seed_position_and_token_only() -> None:
     assert torch.equal(both[1, : V - 3], alone[0])
     assert not torch.equal(both[0], both[1])
     assert not torch.equal(both, full_noise(key, torch.tensor([[4], [4]]), V))
+
+
+def test_candidates_get_the_noise_that_they_have_in_the_whole_vocabulary() -> None:
+    key, positions = (torch.tensor([[1], [2]]), torch.tensor([[0], [9]])), torch.tensor([[3], [70]])
+    token_ids = torch.tensor([[199, 0, 17], [4, 5, 6]])
+    whole = full_noise(key, positions, V)
+    torch.testing.assert_close(candidate_noise(key, positions, token_ids), whole.gather(1, token_ids))
 
 
 def test_greedy_takes_the_likeliest() -> None:

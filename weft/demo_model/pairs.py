@@ -25,7 +25,8 @@ SORTS = {
 _SORT_OF = {noun: sort for sort, nouns in SORTS.items() for noun in nouns}
 # A noun counts only behind one of these, lest verbs such as "to fish" be taken for it.
 _DETERMINED_NOUN = re.compile(
-    r"\b(?:an?|the|his|her|their|my|your|this|that|one|old|young|little|poor|rich|great|big|beautiful) ([a-z]+(?:-[a-z]+)*)",
+    r"\b(?:an?|the|his|her|their|my|your|this|that|one|old|young|little|poor|rich|great|big|beautiful) "
+    r"([a-z]+(?:-[a-z]+)*)",
     re.IGNORECASE,
 )
 _SENTENCE_BREAK = re.compile(r"(?<=[a-z][.!?])(?:['\"]*)\s+(?=['\"A-Z])")
