@@ -33,7 +33,8 @@ def decode_object(body: bytes) -> dict[str, object]:
     except UnicodeDecodeError:
         raise InvalidRequest(f"The request body is not valid UTF-8 (byte {_first_bad_byte(body)}).") from None
     except msgspec.MsgspecError as error:
-        raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
+        fault = str(error).removeprefix("JSON is malformed: ")
+        raise InvalidRequest(f"The request body is not valid JSON: {fault}.") from None
     if not isinstance(value, dict):
         raise InvalidRequest(f"The request body must be a JSON object, not {show(value)}.")
     return value

@@ -52,11 +52,12 @@ def process(*flags: str) -> Iterator[Bare]:
 def serve(argv: list[str]) -> None:
     """Run one engine on the jobs of standard input."""
     # Only the child needs torch.
-    from worker_svc.engine import Engine, make_runner
+    from worker_svc.engine_io import Add
+    from worker_svc.torch_engine import load_engine
 
     settings = load(WorkerSettings, argv, {}, prog="lab.bare")
     folder = read(settings.model)
-    engine = Engine(make_runner(folder, settings), folder, settings)
+    engine = load_engine(folder, settings)
     root = chain_root(digest(folder))
     number = 0
     for line in sys.stdin:
@@ -67,9 +68,10 @@ def serve(argv: list[str]) -> None:
             sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
             hashes = b"".join(block_hashes(root, column))
             choices = [Choice(slot=number, seed=0)]
-            engine.add(TokenizedRequest(f"r{number}", 0, "lab", folder.name, column, hashes, sampling, choices))
+            request = TokenizedRequest(f"r{number}", 0, "lab", folder.name, column, hashes, sampling, choices)
+            engine.apply(Add(request))
             number += 1
-        while not engine.load.is_idle:
+        while engine.has_work:
             engine.step()
         sys.stdout.write(json.dumps(time.perf_counter() - started) + "\n")
         sys.stdout.flush()

@@ -40,7 +40,7 @@ PURE = [
     "worker_svc/batch.py",
     "worker_svc/blocks.py",
     "worker_svc/sequence.py",
-    *(f"worker_svc/{name}.py" for name in ("checks", "frames", "held", "reports", "shards")),
+    *(f"worker_svc/{name}.py" for name in ("checks", "frames", "held", "kv_exchange", "reports", "shards")),
     "cache_svc/index.py",
 ]
 IMPURE = {"asyncio", "nats", "aiohttp", "torch", "time", "random", "os", "logging", "socket", "threading", "subprocess"}

@@ -1,7 +1,7 @@
 """The engine: takes requests in, computes step after step, and says what came of each.
 
-`Engine` is single-threaded and does no I/O: its shell `TorchEngine` gives it a thread, a queue and a model folder.
-What a step computes is decided in `batch.py`; blocks are `blocks.py`'s, the model is the runner's.
+It is single-threaded and does no I/O: `torch_engine.py` gives it a thread, a queue and a model folder. What a step
+computes is decided in `batch.py`; blocks are `blocks.py`'s, the model is the runner's.
 
 What concerns one sequence (bad input, logits that are not finite, a prompt that cannot fit) ends that sequence with
 an error. Any other exception is a fault of the engine or the machine and ends the process: the gateways then recover
@@ -10,20 +10,16 @@ all streams elsewhere, which no error here could do for them.
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
 from typing import Final
 
 import torch
 
-from weft import model_folder
-from weft.columns import split_hashes, unpack_u32
+from weft.columns import split_hashes
 from weft.errors import InvariantViolation, WeftError
 from weft.hashing import BLOCK_SIZE, chain_root
 from weft.messages import (
@@ -32,11 +28,9 @@ from weft.messages import (
     FINISH_NONE,
     FINISH_STOP,
     BlockHash,
-    Choice,
     ErrorInfo,
     TokenizedRequest,
 )
-from weft.model_folder import ModelFolder
 from weft.settings import WorkerSettings
 from worker_svc.batch import Limits, StepPlan, plan_step
 from worker_svc.blocks import BlockPool
@@ -55,7 +49,7 @@ from worker_svc.engine_io import (
 from worker_svc.kv_exchange import KvExchange
 from worker_svc.runner import Runner, StepInput
 from worker_svc.sampler import Logprobs, Sampler, Samples
-from worker_svc.sequence import Request, Sequence, State
+from worker_svc.sequence import Request, Sequence, State, make_sequences
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +105,9 @@ class Engine:
         self.load = EngineLoad() if load is None else load
         self.load.num_blocks = self.load.num_free_blocks = runner.num_blocks
         self.load.cached_hashes = self.pool.hashes if settings.prefix_cache else list
+        # What the bytes of a block mean, and how many they are.
+        self.layout = runner.layout
+        self.block_bytes = runner.block_bytes
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.batching)
@@ -172,11 +169,28 @@ class Engine:
         except WeftError as error:
             self._refuse(request, ErrorInfo.of(error))
             return
-        group = Request(request.request_id, request.gateway, request.epoch)
-        group.live += self._make_sequences(request, group)
+        group = self._make_sequences(request)
         self._requests[request.request_id] = group
         for sequence in list(group.live):
             self._enter(sequence)
+
+    def _make_sequences(self, request: TokenizedRequest) -> Request:
+        if self._prefix_cache:
+            root: BlockHash | None = chain_root(self._digest, request.cache_salt)
+        elif len(request.choices) > 1:
+            # A root that no other request has: the choices share blocks, and nobody else does.
+            root = chain_root(self._digest, f"{request.request_id} {request.epoch}")
+        else:
+            root = None
+        self._num_arrived += 1
+        return make_sequences(
+            request,
+            arrival=self._num_arrived,
+            max_model_len=self._runner.max_model_len,
+            eos_token_ids=self._eos_token_ids,
+            root=root,
+            hashes=split_hashes(request.block_hashes) if self._prefix_cache else [],
+        )
 
     def _refuse(self, request: TokenizedRequest, error: ErrorInfo) -> None:
         """End a request that cannot even become sequences."""
@@ -194,45 +208,6 @@ class Engine:
                 )
             )
         self._out.ended.append((request.request_id, request.epoch))
-
-    def _make_sequences(self, request: TokenizedRequest, group: Request) -> list[Sequence]:
-        root: BlockHash | None = None
-        hashes: list[BlockHash] = []
-        if self._prefix_cache:
-            root = chain_root(self._digest, request.cache_salt)
-            hashes = [BlockHash(block_hash) for block_hash in split_hashes(request.block_hashes)]
-        elif len(request.choices) > 1:
-            # A root that no other request has: the choices share blocks, and nobody else does.
-            root = chain_root(self._digest, f"{request.request_id} {request.epoch}")
-        prompt = unpack_u32(request.prompt_token_ids)
-        return [self._make_sequence(request, choice, group, prompt, root, hashes) for choice in request.choices]
-
-    def _make_sequence(
-        self,
-        request: TokenizedRequest,
-        choice: Choice,
-        group: Request,
-        prompt: list[int],
-        root: BlockHash | None,
-        hashes: list[BlockHash],
-    ) -> Sequence:
-        sampling = request.sampling
-        self._num_arrived += 1
-        room = self._runner.max_model_len
-        stop_ids = frozenset(sampling.stop_token_ids)
-        return Sequence(
-            request=group,
-            arrival=self._num_arrived,
-            slot=choice.slot,
-            seed=choice.seed,
-            sampling=sampling,
-            token_ids=prompt + unpack_u32(choice.emitted),
-            num_prompt_tokens=len(prompt),
-            end_length=room if sampling.max_tokens is None else min(room, len(prompt) + sampling.max_tokens),
-            stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self._eos_token_ids,
-            root=root,
-            hashes=list(hashes),
-        )
 
     def _enter(self, sequence: Sequence) -> None:
         if len(sequence.token_ids) >= sequence.end_length:
@@ -463,81 +438,3 @@ def make_step_input(plan: StepPlan) -> tuple[StepInput, list[Sequence]]:
             sampled.append(sequence)
     query_lens = list(plan.num_scheduled_tokens.values())
     return StepInput(token_ids, positions, slots, query_lens, seq_lens, tables, logit_rows), sampled
-
-
-class TorchEngine:
-    """A thread around `Engine`."""
-
-    def __init__(self, folder: ModelFolder, settings: WorkerSettings) -> None:
-        self._folder = folder
-        self._settings = settings
-        self._inbox: SimpleQueue[Command | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self.load = EngineLoad()
-        # What a block's bytes mean, and how many they are; known after `start`.
-        self.layout = b""
-        self.block_bytes = 0
-        # Set by the service.
-        self.remote_cache_available = False
-        self.load_bytes_per_s = 0.0
-
-    def start(self, on_output: Callable[[StepOutput], None]) -> None:
-        settings = self._settings
-        digest = model_folder.digest(self._folder)
-        runner = Runner(
-            self._folder,
-            device=settings.device,
-            dtype=settings.dtype,
-            kv_memory=settings.kv_memory,
-            threads=settings.threads,
-            on_progress=lambda share: setattr(self.load, "loaded", share),
-        )
-        self.layout, self.block_bytes = runner.layout, runner.block_bytes
-        warm_up(runner, settings.max_num_batched_tokens)
-        engine = Engine(runner, settings, digest=digest, eos_token_ids=self._folder.eos_token_ids, load=self.load)
-        self._thread = threading.Thread(target=self._run, args=(engine, on_output), name="engine", daemon=True)
-        # What is loaded by now stays: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
-        self._thread.start()
-
-    def submit(self, command: Command) -> None:
-        self._inbox.put(command)
-
-    def stop(self) -> None:
-        self._inbox.put(None)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-            gc.unfreeze()
-
-    def _run(self, engine: Engine, on_output: Callable[[StepOutput], None]) -> None:
-        try:
-            while (commands := self._receive(engine.has_work)) is not None:
-                engine.exchange.set_available(self.remote_cache_available)
-                engine.exchange.load_bytes_per_s = self.load_bytes_per_s
-                output = engine.step(commands)
-                if output is not None:
-                    on_output(output)
-        except Exception as error:
-            log.exception("engine failed")
-            self.load.failure = error
-
-    def _receive(self, has_work: bool) -> list[Command] | None:
-        """All commands that are there, or, without work, the next one that comes; None ends the thread."""
-        commands: list[Command] = []
-        try:
-            command = self._inbox.get_nowait() if has_work else self._inbox.get()
-            while command is not None:
-                commands.append(command)
-                command = self._inbox.get_nowait()
-        except Empty:
-            return commands
-        return None
-
-
-def warm_up(runner: Runner, max_num_batched_tokens: int) -> None:
-    """Compute a short and a long step, so that the first request does not wait for what torch does once."""
-    for count in (1, min(max_num_batched_tokens, runner.max_model_len)):
-        ids = list(range(count))
-        table = list(range(-(-count // BLOCK_SIZE)))
-        runner.forward(StepInput([0] * count, ids, ids, [count], [count], [table], [count - 1]))

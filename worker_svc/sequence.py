@@ -9,9 +9,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from weft.columns import pack_u32
+from weft.columns import pack_u32, unpack_u32
 from weft.hashing import BLOCK_SIZE, next_hash
-from weft.messages import BlockHash, SamplingParams
+from weft.messages import BlockHash, SamplingParams, TokenizedRequest
 
 
 class State(enum.Enum):
@@ -42,7 +42,7 @@ class Sequence:
     """
 
     request: Request
-    arrival: int  # grows with every sequence taken in
+    arrival: int  # grows with every request taken in
     slot: int
     seed: int
     sampling: SamplingParams
@@ -88,3 +88,44 @@ class Sequence:
 def blocks_for(num_tokens: int) -> int:
     """Blocks that hold `num_tokens`."""
     return -(-num_tokens // BLOCK_SIZE)
+
+
+def make_sequences(
+    request: TokenizedRequest,
+    *,
+    arrival: int,
+    max_model_len: int,
+    eos_token_ids: frozenset[int],
+    root: BlockHash | None,
+    hashes: list[bytes],
+) -> Request:
+    """The sequences of a request that was checked, as the `live` ones of its `Request`.
+
+    Args:
+        root, hashes: the prompt's hash chain, as far as it is known.
+    """
+    group = Request(request.request_id, request.gateway, request.epoch)
+    sampling, prompt = request.sampling, unpack_u32(request.prompt_token_ids)
+    end_length = max_model_len
+    if sampling.max_tokens is not None:
+        end_length = min(end_length, len(prompt) + sampling.max_tokens)
+    stop_ids = frozenset(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        stop_ids |= eos_token_ids
+    group.live += [
+        Sequence(
+            request=group,
+            arrival=arrival,
+            slot=choice.slot,
+            seed=choice.seed,
+            sampling=sampling,
+            token_ids=prompt + unpack_u32(choice.emitted),
+            num_prompt_tokens=len(prompt),
+            end_length=end_length,
+            stop_ids=stop_ids,
+            root=root,
+            hashes=[BlockHash(block_hash) for block_hash in hashes],
+        )
+        for choice in request.choices
+    ]
+    return group

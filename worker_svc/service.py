@@ -387,6 +387,6 @@ def _make_engine(folder: ModelFolder, settings: WorkerSettings) -> EngineThread:
     if settings.engine == "null":
         return NullEngine(folder, settings)
     # torch takes seconds to import, and a null worker needs none.
-    from worker_svc.engine import TorchEngine
+    from worker_svc.torch_engine import TorchEngine
 
     return TorchEngine(folder, settings)

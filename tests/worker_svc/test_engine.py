@@ -12,8 +12,9 @@ from weft.columns import pack_u32
 from weft.errors import InvalidRequest
 from weft.hashing import block_hashes, chain_root
 from weft.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, SamplingParams
-from worker_svc.engine import Engine, Rate, TorchEngine
+from worker_svc.engine import Engine, Rate
 from worker_svc.engine_io import Add, BlocksLoaded, Drop, LoadWanted, StepOutput
+from worker_svc.torch_engine import TorchEngine
 
 EOS = 2
 

@@ -15,9 +15,10 @@ from weft import model_folder
 from weft.messages import FINISH_STOP, SamplingParams
 from weft.model_folder import ModelFolder
 from weft.settings import ModelSettings
-from worker_svc.engine import Engine, TorchEngine
+from worker_svc.engine import Engine
 from worker_svc.engine_io import Add, BlocksLoaded, Drop, StepOutput
 from worker_svc.runner import Runner
+from worker_svc.torch_engine import TorchEngine
 
 COUNT = 24
 BLOCK_BYTES = 4096
