@@ -21,7 +21,7 @@ from gateway.models import ModelTable
 from weft import subjects
 from weft.bus import Bus
 from weft.columns import unpack_u32
-from weft.errors import NotFound, Overloaded, PayloadTooLarge, Unavailable, WeftError
+from weft.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, Unavailable, WeftError
 from weft.messages import (
     DetokenizeQuery,
     DetokenizeReply,
@@ -35,6 +35,7 @@ from weft.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
 QUERY_TIMEOUT_S: Final = 10.0
+BODY_TIMEOUT_S: Final = 60.0
 _OPEN_ROUTES: Final = ("/health", "/ready")
 _JSON: Final = "application/json"
 
@@ -160,6 +161,20 @@ class Routes:
         if chunked:
             response.enable_chunked_encoding()
         await response.prepare(request)
+        try:
+            await self._write_events(request, response, answer, chunked)
+        except Exception as error:
+            if not isinstance(error, ConnectionError):
+                # The answer has begun: an error page now would be read as part of it.
+                log.exception("stream failed", extra={"request_id": answer.response_id})
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("the stream broke off") from error
+        return response
+
+    async def _write_events(
+        self, request: web.Request, response: web.StreamResponse, answer: Answer, chunked: bool
+    ) -> None:
         # aiohttp sends the headers with the first write, which therefore goes through it.
         await response.write(answer.take_pending() or b": \n\n")
         transport = request.transport
@@ -182,7 +197,6 @@ class Routes:
             answer.detach()
         await response.write(answer.closing_events())
         await response.write_eof()
-        return response
 
     def _prompt_texts(self, call: openai.Call) -> list[str]:
         texts = []
@@ -244,7 +258,11 @@ class Routes:
         if length is not None and length > self._settings.max_body_size:
             # Refused by its announced size: not a byte of it is read.
             raise web.HTTPRequestEntityTooLarge(self._settings.max_body_size, length)
-        return await request.read()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await request.read()
+        except TimeoutError:
+            raise InvalidRequest(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
 
     def _defaults(self, model: str) -> SamplingParams:
         return self._ring.model_table.get(model).card.default_sampling

@@ -56,7 +56,7 @@ class ApiKeys:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise Unauthorized("give an API key: `Authorization: Bearer YOUR_KEY`")
-        digest = sha256(key.strip().encode()).hexdigest()
+        digest = sha256(key.strip().encode("utf-8", "surrogateescape")).hexdigest()
         # Every entry is compared, so that the time says nothing about which ones exist.
         matches = [tenant for known, tenant in self._hashes.items() if hmac.compare_digest(known, digest)]
         if not matches:

@@ -38,6 +38,8 @@ from weft.subjects import Returned
 
 log = logging.getLogger(__name__)
 TICK_S: Final = 0.1
+# How long connections may take to close once their requests have ended; aiohttp waits for it twice.
+SHUTDOWN_S: Final = 0.5
 # A loop that turns less often than this is stuck, not busy.
 LIVE_S: Final = 10.0
 _NEEDED: Final[tuple[Role, ...]] = ("tokenizer", "scheduler", "worker")
@@ -73,7 +75,9 @@ class GatewayService:
         bus.on_reconnect.append(self._on_reconnect)
         self._context.spawn(self._tick(), "tick")
         # A handler whose client went away is cancelled at once: that is how its blocks are freed.
-        self._runner = web.AppRunner(self._routes.application(), handler_cancellation=True, access_log=None)
+        self._runner = web.AppRunner(
+            self._routes.application(), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S
+        )
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self._settings.host, self._settings.port, backlog=1024).start()
@@ -90,6 +94,8 @@ class GatewayService:
             await self._idle.wait()
 
     async def stop(self) -> None:
+        """End what is left with an error, so that every client hears of it."""
+        self.table.fail_all(Unavailable("this gateway is shutting down", retry_after_s=1.0))
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -162,12 +168,12 @@ class GatewayService:
             self._idle.set()
 
     def missing_roles(self) -> list[str]:
-        missing: list[str] = [
-            role for role in _NEEDED if not any(member.state == "ready" for member in self._roster.members(role))
-        ]
-        return missing or ([] if self.model_table.cards() else ["model"])
+        return self._missing_roles() or ([] if self.model_table.cards() else ["model"])
 
     # ---- the bus
+
+    def _missing_roles(self) -> list[str]:
+        return [role for role in _NEEDED if not any(m.state == "ready" for m in self._roster.members(role))]
 
     def _send(self, message: GenerateRequest | Cancel) -> None:
         if isinstance(message, Cancel):
@@ -226,7 +232,7 @@ class GatewayService:
                 self._on_reconnect()
             elif self.bus.connected:
                 self._follow(self._roster.expire(now))
-                self.table.tick(now)
+                self.table.tick(now, " and no ".join(self._missing_roles()))
             self._ticked_at = now
             await asyncio.sleep(TICK_S)
 
@@ -249,8 +255,8 @@ class GatewayService:
             ttft = request.first_token_at - request.arrived_at
             metrics.ttft.labels(model).observe(ttft)
             steps = num_tokens / len(request.streams) - 1
-            if steps > 0:
-                metrics.tpot.labels(model).observe((request.progress_at - request.first_token_at) / steps)
+            if steps > 0 and request.last_token_at is not None:
+                metrics.tpot.labels(model).observe((request.last_token_at - request.first_token_at) / steps)
         log.info(
             "request finished",
             extra={

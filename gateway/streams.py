@@ -11,8 +11,8 @@ has as a prefix. It follows whenever nobody can be trusted to go on with the req
 - nobody has claimed it for `CLAIM_LEASE_S`: it was lost on the way;
 - a token is missing.
 
-A request that keeps finding a role absent waits for it up to `wait_for_role_s`; one whose worker died under it
-`MAX_WORKER_DEATHS` times is taken to be the cause, and fails.
+A request that keeps finding a role absent waits for it up to `wait_for_role_s`; a recovered one that has no new token
+for `stall_s` fails; and one whose worker died under it `MAX_WORKER_DEATHS` times is taken to be the cause, and fails.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ from weft.messages import (
 MAX_WORKER_DEATHS: Final = 3
 FIRST_RETRY_S: Final = 0.1
 LAST_RETRY_S: Final = 1.0
+# A dead worker's requests are not all prefilled again at the same moment elsewhere.
+RECOVERIES_AT_ONCE: Final = 32
+RECOVERY_PAUSE_S: Final = 0.05
 # Roles that may hold a request, in the order in which it meets them.
 _HOLDERS: Final[tuple[Role, ...]] = ("tokenizer", "scheduler", "worker")
 
@@ -81,9 +84,10 @@ class Request:
     holder: tuple[Role, str] | None = None
     leased_until: float = 0.0
     submit_at: float | None = None  # set while it waits to be submitted again
-    retries: int = 0  # since the last sign of progress
-    stuck_since: float | None = None  # the first failure since the last sign of progress
-    progress_at: float = 0.0  # last new token, or the submission
+    retries: int = 0  # since the last new token
+    stuck_since: float | None = None  # the first failure since the last new token, or since a scheduler took it
+    recovering_since: float | None = None  # the first recovery since the last new token
+    last_token_at: float | None = None
     first_token_at: float | None = None
     worker_deaths: int = 0
     num_prompt_tokens: int = 0
@@ -145,6 +149,7 @@ class RequestTable:
         self._streams: dict[int, Stream] = {}
         self._next_slot = 0
         self._next_sequence: dict[tuple[str, int], int] = {}
+        self._incomplete_since: float | None = None
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -171,6 +176,11 @@ class RequestTable:
         """Forget a request whose reader is gone; whoever works on it is told."""
         if self._forget(request):
             self._cancel(request, ())
+
+    def fail_all(self, error: WeftError) -> None:
+        """End every request with this error."""
+        for request in list(self._requests.values()):
+            self._fail(request, error)
 
     def on_frame(self, frame: TokenFrame, now: float) -> None:
         """Give the tokens of a frame to their streams."""
@@ -221,7 +231,7 @@ class RequestTable:
             case "queued" | "started":
                 request.holder = (event.role, event.instance)
                 request.leased_until = now + CLAIM_LEASE_S
-                request.stuck_since, request.retries = None, 0
+                request.stuck_since = None
                 if event.kind == "started":
                     request.num_prompt_tokens = event.num_prompt_tokens
                     if request.num_cached_tokens is None:
@@ -245,10 +255,13 @@ class RequestTable:
                 self._fail(request, error)
 
     def on_claims(self, claims: Claims, now: float) -> None:
-        """Renew the leases of what an instance says it holds."""
+        """Renew the leases of what an instance says it holds; what ended or moved on meanwhile is cancelled again."""
         for request_id, epoch in zip(claims.request_ids, unpack_u32(claims.epochs), strict=True):
             request = self._requests.get(request_id)
-            if request is not None and request.epoch == epoch:
+            if request is None or request.epoch > epoch:
+                # The first Cancel was lost, or is still on its way.
+                self._send(Cancel(request_id, epoch, self._gateway))
+            elif request.epoch == epoch:
                 request.leased_until = now + CLAIM_LEASE_S
                 if request.holder is None or _HOLDERS.index(claims.role) >= _HOLDERS.index(request.holder[0]):
                     request.holder = (claims.role, claims.instance)
@@ -257,14 +270,14 @@ class RequestTable:
         """An instance is gone, and with it what it held; what is between two holders may have been with it."""
         if role not in _HOLDERS:
             return
-        for request in list(self._requests.values()):
-            if request.submit_at is not None:
-                continue
-            if request.holder == (role, instance):
-                request.worker_deaths += role == "worker"
-                self._recover(request, now)
-            elif request.holder is None:
-                self._recover(request, now)
+        lost = [
+            request
+            for request in self._requests.values()
+            if request.submit_at is None and request.holder in (None, (role, instance))
+        ]
+        for number, request in enumerate(lost):
+            request.worker_deaths += role == "worker" and request.holder is not None
+            self._recover(request, now, delay_s=number // RECOVERIES_AT_ONCE * RECOVERY_PAUSE_S)
         self._next_sequence = {key: value for key, value in self._next_sequence.items() if key[0] != instance}
 
     def on_joined(self, now: float) -> None:
@@ -278,10 +291,18 @@ class RequestTable:
         for request in self._requests.values():
             request.leased_until = now + CLAIM_LEASE_S
 
-    def tick(self, now: float) -> None:
-        """Submit what is due, recover what nobody claims, fail what waited too long. Call it ten times a second."""
+    def tick(self, now: float, missing: str = "") -> None:
+        """Submit what is due, recover what nobody claims, fail what waited too long. Call it ten times a second.
+
+        `missing` names roles that are not there: a scheduler may hold requests for as long as it likes, but not for
+        a worker that does not come.
+        """
+        self._incomplete_since = (self._incomplete_since or now) if missing else None
+        has_waited = missing and now - (self._incomplete_since or now) > self._patience.wait_for_role_s
         for request in list(self._requests.values()):
-            if request.submit_at is not None:
+            if has_waited and (request.holder is None or request.holder[0] != "worker"):
+                self._fail(request, Unavailable(f"no {missing} is there", retry_after_s=1.0))
+            elif request.submit_at is not None:
                 if now >= request.submit_at:
                     self._submit(request, now)
             elif now > request.leased_until:
@@ -291,17 +312,16 @@ class RequestTable:
                 self._fail(request, DeadlineExceeded(f"no token for {self._patience.stall_s:g} s"))
 
     def _has_stalled(self, request: Request, now: float) -> bool:
-        """Whether a recovered request has been with a worker for too long without a token."""
-        is_with_worker = request.holder is not None and request.holder[0] == "worker"
-        return bool(request.epoch) and is_with_worker and now - request.progress_at > self._patience.stall_s
+        since = request.recovering_since
+        return since is not None and now - since > self._patience.stall_s
 
     def _deliver(
         self, stream: Stream, token_ids: list[int], finish: int, logprobs: tuple[RawLogprob, ...], now: float
     ) -> None:
         request = stream.request
         if token_ids:
-            request.progress_at = now
-            request.stuck_since, request.retries = None, 0
+            request.last_token_at = now
+            request.stuck_since, request.recovering_since, request.retries = None, None, 0
             if request.first_token_at is None:
                 request.first_token_at = now
         elif finish == FINISH_NONE:
@@ -322,7 +342,7 @@ class RequestTable:
         if not rest and self._forget(request):
             request.owner.on_ended(request)
 
-    def _recover(self, request: Request, now: float, error: WeftError | None = None) -> None:
+    def _recover(self, request: Request, now: float, error: WeftError | None = None, *, delay_s: float = 0.0) -> None:
         if request.worker_deaths >= MAX_WORKER_DEATHS:
             self._fail(request, WorkerLost(f"the workers of this request died {request.worker_deaths} times"))
             return
@@ -331,14 +351,21 @@ class RequestTable:
         elif now - request.stuck_since > self._patience.wait_for_role_s:
             self._fail(request, error or Unavailable("the request could not be placed"))
             return
+        if request.recovering_since is None:
+            request.recovering_since = now
+        elif self._has_stalled(request, now):
+            self._fail(request, error or DeadlineExceeded(f"no token for {self._patience.stall_s:g} s"))
+            return
         self.stats.recovered += 1
         self._cancel(request, ())
         request.message = structs.replace(request.message, epoch=request.epoch + 1)
         request.holder = None
-        delay = min(LAST_RETRY_S, FIRST_RETRY_S * 2**request.retries) if request.retries else 0.0
+        if request.retries:
+            delay_s += min(LAST_RETRY_S, FIRST_RETRY_S * 2**request.retries) * (0.5 + self._jitter() / 2)
         request.retries += 1
-        request.submit_at = now + delay * (0.5 + self._jitter() / 2)
-        if not delay:
+        if delay_s:
+            request.submit_at = now + delay_s
+        else:
             self._submit(request, now)
 
     def _submit(self, request: Request, now: float) -> None:
@@ -347,7 +374,6 @@ class RequestTable:
         ]
         request.submit_at = None
         request.leased_until = now + CLAIM_LEASE_S
-        request.progress_at = now
         self.stats.submitted += 1
         self._send(structs.replace(request.message, choices=choices))
 
@@ -370,8 +396,8 @@ class RequestTable:
         So a gap shortens the leases of all that the worker holds: what it does not claim within two rounds ended there.
         """
         key = (frame.worker, frame.worker_epoch)
-        expected = self._next_sequence.get(key, frame.sequence)
-        self._next_sequence[key] = frame.sequence + 1
+        expected = self._next_sequence.get(key, 0)
+        self._next_sequence[key] = max(expected, frame.sequence + 1)
         if frame.sequence <= expected:
             return
         self.stats.frame_gaps += 1

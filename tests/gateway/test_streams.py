@@ -108,9 +108,9 @@ class World:
     def claim(self, role: m.Role = "worker", instance: str = "w1") -> None:
         self.table.on_claims(m.Claims(role, instance, ["r1"], pack_u32([self.request.epoch])), self.now)
 
-    def at(self, now: float) -> World:
+    def at(self, now: float, missing: str = "") -> World:
         self.now = now
-        self.table.tick(now)
+        self.table.tick(now, missing)
         return self
 
 
@@ -273,6 +273,51 @@ def test_a_recovered_request_without_tokens_fails_after_the_stall_limit() -> Non
     for second in range(100):
         world.at(float(second)).claim()
     assert isinstance(world.reader.errors[0], DeadlineExceeded)
+
+
+def test_a_worker_that_hands_a_request_back_again_and_again_is_not_asked_without_end() -> None:
+    world = World()
+    for step in range(2000):
+        world.at(step * 0.05)
+        if not len(world.table):
+            break
+        if world.request.submit_at is None:
+            world.event("started")
+            world.event("lost")
+    assert isinstance(world.reader.errors[0], Unavailable | DeadlineExceeded)
+    assert len(world.submissions) < 100
+
+
+def test_a_claim_to_a_request_that_ended_is_cancelled_again() -> None:
+    world = World()
+    world.frame(0, [1], finish=m.FINISH_LENGTH)
+    world.claim()
+    assert world.cancels == [m.Cancel("r1", 0, "g1")]
+
+
+def test_a_scheduler_does_not_hold_a_request_for_ever_while_no_worker_comes() -> None:
+    world = World(wait_for_role_s=5.0)
+    for second in range(1, 20):
+        world.at(float(second), missing="worker").claim("scheduler", "s1")
+    assert world.reader.errors[0].message == "no worker is there"
+    assert len(world.submissions) == 1
+
+
+def test_the_requests_of_a_dead_worker_go_elsewhere_a_few_at_a_time() -> None:
+    world = World()
+    for number in range(99):
+        message = m.GenerateRequest(f"more-{number}", 0, "g1", "m", m.TextPrompt("hi"), m.SamplingParams(), [])
+        world.table.add(message, world.reader, [(0, 1, PlainAssembler())], 0.0)  # type: ignore[list-item]
+    world.table.on_left("worker", "w1", 0.0)
+    assert len(world.submissions) == 100 + 32
+    world.at(1.0)
+    assert len(world.submissions) == 200
+
+
+def test_all_requests_can_be_ended_with_an_error() -> None:
+    world = World()
+    world.table.fail_all(Unavailable("shutting down"))
+    assert (len(world.reader.errors), len(world.table), len(world.cancels)) == (1, 0, 1)
 
 
 def test_a_failed_choice_fails_the_request_with_the_workers_error() -> None:

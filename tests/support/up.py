@@ -80,7 +80,6 @@ class Up:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(timeout=60)
 
-
     def end(self) -> int:
         """Kill it if it still runs, and let go of it; the exit status."""
         if self.process.poll() is None:
