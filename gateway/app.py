@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias, TypeVar
 
 import msgspec
 from aiohttp import HttpVersion11, web
@@ -18,8 +19,6 @@ from gateway.answer import Answer
 from gateway.auth import ApiKeys
 from gateway.metrics import Metrics
 from gateway.models import ModelTable
-from weft import subjects
-from weft.bus import Bus
 from weft.columns import unpack_u32
 from weft.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, Unavailable, WeftError
 from weft.messages import (
@@ -34,8 +33,10 @@ from weft.messages import (
 from weft.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
-QUERY_TIMEOUT_S: Final = 10.0
+M = TypeVar("M")
 BODY_TIMEOUT_S: Final = 60.0
+LARGE_BODY_BYTES: Final = 128 * 1024
+Parser: TypeAlias = Callable[..., openai.Call]
 _OPEN_ROUTES: Final = ("/health", "/ready")
 _JSON: Final = "application/json"
 
@@ -43,10 +44,12 @@ _JSON: Final = "application/json"
 class Ring(Protocol):
     """What the routes need of the service behind them."""
 
-    bus: Bus
     model_table: ModelTable
     metrics: Metrics
     registry: CollectorRegistry
+
+    async def ask(self, model: str, query: TokenizeQuery | DetokenizeQuery, expected: type[M]) -> M:
+        """Ask a tokenizer of this model. Raises what it answers, Unavailable or DeadlineExceeded."""
 
     def submit(self, answer: Answer, tenant: str) -> None:
         """Send the call's prompts into the ring. Raises Overloaded when too many are held, Unavailable on drain."""
@@ -116,12 +119,10 @@ class Routes:
         self._ring.metrics.http.labels(resource.canonical if resource else "unknown", str(status)).inc()
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = await self._body(request)
-        return await self._generate(request, openai.parse_chat(body, now=time.time(), defaults=self._defaults))
+        return await self._generate(request, await self._parsed(request, openai.parse_chat))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        body = await self._body(request)
-        return await self._generate(request, openai.parse_completion(body, now=time.time(), defaults=self._defaults))
+        return await self._generate(request, await self._parsed(request, openai.parse_completion))
 
     async def _generate(self, request: web.Request, call: openai.Call) -> web.StreamResponse:
         prefix = "chatcmpl-" if call.is_chat else "cmpl-"
@@ -217,9 +218,7 @@ class Routes:
     async def _tokenize(self, request: web.Request) -> web.Response:
         model, prompt = openai.parse_tokenize(await self._body(request), now=time.time())
         self._ring.model_table.get(model)
-        reply = await self._ring.bus.ask(
-            subjects.model(model), TokenizeQuery(model, prompt), TokenizeReply, timeout_s=QUERY_TIMEOUT_S
-        )
+        reply = await self._ring.ask(model, TokenizeQuery(model, prompt), TokenizeReply)
         if reply.error is not None:
             raise reply.error.to_error()
         tokens = unpack_u32(reply.token_ids)
@@ -228,9 +227,7 @@ class Routes:
     async def _detokenize(self, request: web.Request) -> web.Response:
         model, token_ids = openai.parse_detokenize(await self._body(request))
         self._ring.model_table.get(model)
-        reply = await self._ring.bus.ask(
-            subjects.model(model), DetokenizeQuery(model, token_ids), DetokenizeReply, timeout_s=QUERY_TIMEOUT_S
-        )
+        reply = await self._ring.ask(model, DetokenizeQuery(model, token_ids), DetokenizeReply)
         if reply.error is not None:
             raise reply.error.to_error()
         return _json_response({"prompt": reply.text})
@@ -263,6 +260,12 @@ class Routes:
                 return await request.read()
         except TimeoutError:
             raise InvalidRequest(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+
+    async def _parsed(self, request: web.Request, parse: Parser) -> openai.Call:
+        body = await self._body(request)
+        read = functools.partial(parse, body, now=time.time(), defaults=self._defaults)
+        # A million token ids take 0.2 s, for which no stream should wait.
+        return await asyncio.to_thread(read) if len(body) > LARGE_BODY_BYTES else read()
 
     def _defaults(self, model: str) -> SamplingParams:
         return self._ring.model_table.get(model).card.default_sampling

@@ -218,7 +218,7 @@ class WholeDetokenizer:
 
 
 class _ByteLevel(msgspec.Struct, frozen=True):
-    pass
+    """Tokens are bytes in disguise, and the text is their UTF-8."""
 
 
 class _TokenWise(msgspec.Struct, frozen=True):

@@ -5,6 +5,8 @@ Pure. JSON's null reads as "not given". A bool is no number here, and a float is
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Final, TypeAlias
 
@@ -34,10 +36,36 @@ def decode_object(body: bytes) -> dict[str, object]:
         raise InvalidRequest(f"The request body is not valid UTF-8 (byte {_first_bad_byte(body)}).") from None
     except msgspec.MsgspecError as error:
         fault = str(error).removeprefix("JSON is malformed: ")
-        raise InvalidRequest(f"The request body is not valid JSON: {fault}.") from None
+        name = _not_a_number(body)
+        where = f" ('{name}' is NaN or infinite)" if name else ""
+        raise InvalidRequest(f"The request body is not valid JSON: {fault}{where}.", param=name) from None
     if not isinstance(value, dict):
         raise InvalidRequest(f"The request body must be a JSON object, not {show(value)}.")
     return value
+
+
+def _not_a_number(body: bytes) -> str | None:
+    """The first field whose value is one of the literals that Python writes and JSON does not have, if any."""
+    found: list[float] = []
+
+    def note(literal: str) -> float:
+        found.append(float(literal))
+        return found[-1]
+
+    try:
+        value = json.loads(body, parse_constant=note)
+    except (ValueError, RecursionError):
+        return None
+    if not found or not isinstance(value, dict):
+        return None
+    return next((name for name, item in value.items() if _holds_constant(item)), None)
+
+
+def _holds_constant(value: object) -> bool:
+    """Depth is bounded: `json.loads` would have refused deeper ones."""
+    if isinstance(value, dict | list):
+        return any(map(_holds_constant, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def invalid(name: str, expected: str, value: object) -> InvalidRequest:

@@ -14,11 +14,11 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from gateway.fields import Accepted, Fields, decode_object, invalid, is_integer, is_number, show
+from gateway.fields import Accepted, Fields, decode_object, invalid, is_number
+from gateway.prompts import check_token_ids, pack_token_ids, read_messages, read_prompts
 from weft import limits
-from weft.columns import pack_u32
-from weft.errors import InvalidRequest, NotFound, PayloadTooLarge, WeftError
-from weft.messages import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+from weft.errors import InvalidRequest, NotFound, WeftError
+from weft.messages import ChatPrompt, Prompt, SamplingParams, TextPrompt
 
 Defaults: TypeAlias = Callable[[str], SamplingParams]
 
@@ -54,7 +54,7 @@ def parse_chat(body: bytes, *, now: float, defaults: Defaults) -> Call:
     """
     fields = Fields(decode_object(body))
     model, base = _model(fields, defaults)
-    messages = _messages(fields)
+    messages = read_messages(fields)
     add_generation_prompt = fields.boolean("add_generation_prompt") is not False
     top_logprobs = fields.integer("top_logprobs", 0, limits.MAX_TOP_LOGPROBS)
     if fields.boolean("logprobs"):
@@ -79,7 +79,7 @@ def parse_completion(body: bytes, *, now: float, defaults: Defaults) -> Call:
     """Read the body of /v1/completions. Raises as `parse_chat` does."""
     fields = Fields(decode_object(body))
     model, base = _model(fields, defaults)
-    prompts = _prompts(fields)
+    prompts = read_prompts(fields)
     top_logprobs = fields.integer("logprobs", 0, limits.MAX_TOP_LOGPROBS)
     echo = bool(fields.boolean("echo"))
     if echo and top_logprobs is not None:
@@ -113,7 +113,7 @@ def parse_tokenize(body: bytes, *, now: float) -> tuple[str, Prompt]:
     else:
         if "messages" not in fields:
             raise InvalidRequest("Missing required parameter: 'prompt' or 'messages'.", param="prompt")
-        prompt = ChatPrompt(_messages(fields), fields.boolean("add_generation_prompt") is not False, now)
+        prompt = ChatPrompt(read_messages(fields), fields.boolean("add_generation_prompt") is not False, now)
     fields.refuse_rest({"continue_final_message": (False,), "return_token_strs": (False,)})
     return model, prompt
 
@@ -130,7 +130,7 @@ def parse_detokenize(body: bytes) -> tuple[str, bytes]:
     if token_ids is None:
         raise fields.missing("tokens")
     fields.refuse_rest({})
-    return model, _token_column("tokens", token_ids)
+    return model, pack_token_ids("tokens", token_ids)
 
 
 def error_body(error: WeftError) -> bytes:
@@ -165,6 +165,10 @@ def _call(
 ) -> Call:
     """Read the fields that both routes have."""
     n = fields.integer("n", 1, limits.MAX_CHOICES) or 1
+    if n * len(prompts) > limits.MAX_STREAMS:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts times 'n' ({n}) are more than {limits.MAX_STREAMS} completions.", param="n"
+        )
     best_of = fields.integer("best_of", 1, limits.MAX_CHOICES)
     if best_of not in (None, n):
         raise InvalidRequest(f"'best_of' ({best_of}) must equal 'n' ({n}).", param="best_of")
@@ -241,7 +245,7 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
         return None
     biases: dict[int, float] = {}
     for key, bias in given.items():
-        if not re.fullmatch("[0-9]{1,10}", key) or int(key) > limits.MAX_TOKEN_ID:
+        if not re.fullmatch("0|[1-9][0-9]{0,9}", key) or int(key) > limits.MAX_TOKEN_ID:
             raise invalid("logit_bias", "token ids as keys", key)
         if not is_number(bias, -100, 100):
             raise invalid(f"logit_bias.{key}", "a number from -100 to 100", bias)
@@ -253,7 +257,7 @@ def _stop_token_ids(fields: Fields) -> tuple[int, ...] | None:
     token_ids = fields.array("stop_token_ids", limits.MAX_STOP_TOKEN_IDS)
     if token_ids is None:
         return None
-    _check_token_ids("stop_token_ids", token_ids)
+    check_token_ids("stop_token_ids", token_ids)
     return tuple(token_ids)  # type: ignore[arg-type]  # just checked
 
 
@@ -287,103 +291,8 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
         )
     options = Fields(given, "stream_options.")
     include_usage = bool(options.boolean("include_usage"))
-    options.refuse_rest({"include_obfuscation": (False,), "continuous_usage_stats": (False,)})
+    options.refuse_rest({"include_obfuscation": bool, "continuous_usage_stats": (False,)})
     return include_usage
-
-
-def _messages(fields: Fields) -> list[ChatMessage]:
-    messages = fields.array("messages", limits.MAX_CHAT_MESSAGES)
-    if messages is None:
-        raise fields.missing("messages")
-    if not messages:
-        raise invalid("messages", "at least one message", messages)
-    return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
-
-
-def _message(path: str, value: object) -> ChatMessage:
-    if not isinstance(value, dict):
-        raise invalid(path, "an object", value)
-    fields = Fields(value, f"{path}.")
-    role = fields.name("role", limits.MAX_NAME_CHARS)
-    content = fields.take("content")
-    if isinstance(content, list):
-        content = _join_parts(f"{path}.content", content)
-    elif content is None and role == "assistant":
-        content = ""
-    elif not isinstance(content, str):
-        raise invalid(f"{path}.content", "a string or an array of content parts", content)
-    name = fields.string("name", limits.MAX_NAME_CHARS)
-    fields.refuse_rest(_NEUTRAL_IN_MESSAGES)
-    return ChatMessage(role, content, name)
-
-
-def _join_parts(path: str, parts: list[object]) -> str:
-    texts = []
-    for j, part in enumerate(parts):
-        if not isinstance(part, dict):
-            raise invalid(f"{path}[{j}]", "an object", part)
-        kind, text = part.get("type"), part.get("text")
-        if kind != "text":
-            raise invalid(f"{path}[{j}].type", '"text" (other parts are not supported)', kind)
-        if not isinstance(text, str):
-            raise invalid(f"{path}[{j}].text", "a string", text)
-        texts.append(text)
-    if not texts:
-        raise invalid(path, "at least one content part", parts)
-    return "".join(texts)
-
-
-def _prompts(fields: Fields) -> tuple[Prompt, ...]:
-    value = fields.take("prompt")
-    if isinstance(value, str):
-        return (TextPrompt(value),)
-    if value is None:
-        raise fields.missing("prompt")
-    if not isinstance(value, list):
-        raise invalid("prompt", "a string, an array of strings, or one or several arrays of token ids", value)
-    if not value:
-        raise invalid("prompt", "at least one prompt", value)
-    if type(value[0]) is int:
-        return (TokenPrompt(_token_column("prompt", value)),)
-    if len(value) > limits.MAX_PROMPTS:
-        raise invalid("prompt", f"at most {limits.MAX_PROMPTS} prompts", value)
-    return tuple(_one_prompt(f"prompt[{i}]", one) for i, one in enumerate(value))
-
-
-def _one_prompt(path: str, value: object) -> Prompt:
-    if isinstance(value, str):
-        return TextPrompt(value)
-    if isinstance(value, list):
-        return TokenPrompt(_token_column(path, value))
-    raise invalid(path, "a string or an array of token ids", value)
-
-
-def _token_column(path: str, token_ids: list[object]) -> bytes:
-    if not token_ids:
-        raise invalid(path, "at least one token id", token_ids)
-    if len(token_ids) > limits.MAX_PROMPT_TOKENS:
-        raise PayloadTooLarge(
-            f"'{path}' has {len(token_ids)} token ids, more than the {limits.MAX_PROMPT_TOKENS} allowed.", param=path
-        )
-    _check_token_ids(path, token_ids)
-    return pack_u32(token_ids)  # type: ignore[arg-type]  # just checked
-
-
-def _check_token_ids(path: str, token_ids: list[object]) -> None:
-    # The loop that finds the culprit is ten times slower than this, and a prompt may have a million ids.
-    if set(map(type, token_ids)) <= {int} and _in_range(token_ids):  # type: ignore[arg-type]  # they are integers
-        return
-    for i, token_id in enumerate(token_ids):
-        if not is_integer(token_id, 0, limits.MAX_TOKEN_ID):
-            raise InvalidRequest(
-                f"Invalid value for '{path}[{i}]': expected a token id (an integer from 0 to {limits.MAX_TOKEN_ID}), "
-                f"got {show(token_id)}.",
-                param=f"{path}[{i}]",
-            )
-
-
-def _in_range(token_ids: list[int]) -> bool:
-    return not token_ids or (min(token_ids) >= 0 and max(token_ids) <= limits.MAX_TOKEN_ID)
 
 
 # What these fields may say without changing the answer; anything else is refused as not supported.
@@ -439,12 +348,3 @@ _NEUTRAL_IN_CHAT: Final[dict[str, Accepted]] = _NEUTRAL | {
     "add_special_tokens": (False,),
 }
 _NEUTRAL_IN_COMPLETIONS: Final[dict[str, Accepted]] = _NEUTRAL | {"suffix": ("",)}
-# What an assistant's message carries when a client sends it back. Templates see roles, contents and names only.
-_NEUTRAL_IN_MESSAGES: Final[dict[str, Accepted]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "refusal": (),
-    "tool_call_id": str,
-    "tool_calls": ([],),
-}

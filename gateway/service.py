@@ -8,7 +8,7 @@ import random
 import secrets
 import time
 import uuid
-from typing import Final
+from typing import Final, TypeVar
 
 from aiohttp import web
 
@@ -24,12 +24,14 @@ from weft.errors import Overloaded, SettingsError, Unavailable, WeftError
 from weft.messages import (
     Cancel,
     Claims,
+    DetokenizeQuery,
     GenerateRequest,
     Heartbeat,
     KvEvents,
     Role,
     StreamEvent,
     TokenFrame,
+    TokenizeQuery,
 )
 from weft.roster import Change, Roster
 from weft.service import Context
@@ -37,7 +39,9 @@ from weft.settings import GatewaySettings
 from weft.subjects import Returned
 
 log = logging.getLogger(__name__)
+M = TypeVar("M")
 TICK_S: Final = 0.1
+QUERY_TIMEOUT_S: Final = 10.0
 # How long connections may take to close once their requests have ended; aiohttp waits for it twice.
 SHUTDOWN_S: Final = 0.5
 # A loop that turns less often than this is stuck, not busy.
@@ -123,6 +127,9 @@ class GatewayService:
         return int(self._runner.addresses[0][1])
 
     # ---- gateway.app.Ring
+
+    async def ask(self, model: str, query: TokenizeQuery | DetokenizeQuery, expected: type[M]) -> M:
+        return await self.bus.ask(subjects.model(model), query, expected, timeout_s=QUERY_TIMEOUT_S)
 
     def submit(self, answer: Answer, tenant: str) -> None:
         call = answer.call

@@ -28,13 +28,16 @@ class Bare:
 
     child: subprocess.Popen[str]
 
-    def tokens_per_s(self, prompts: list[list[int]], num_tokens: int | list[int]) -> float:
-        """Output tokens a second for these prompts, all given at once."""
-        outputs = [num_tokens] * len(prompts) if isinstance(num_tokens, int) else num_tokens
+    def seconds(self, prompts: list[list[int]], outputs: list[int]) -> float:
+        """How long it takes to give each prompt its number of output tokens, all asked for at once."""
         assert self.child.stdin is not None and self.child.stdout is not None
         self.child.stdin.write(json.dumps([prompts, outputs]) + "\n")
         self.child.stdin.flush()
-        return sum(outputs) / float(json.loads(self.child.stdout.readline()))
+        return float(json.loads(self.child.stdout.readline()))
+
+    def tokens_per_s(self, prompts: list[list[int]], num_tokens: int) -> float:
+        """Output tokens a second."""
+        return len(prompts) * num_tokens / self.seconds(prompts, [num_tokens] * len(prompts))
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def running(*flags: str, wait_s: float = 120.0) -> Iterator[Ring]:
     port = free_port()
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WEFT_")}
     with tempfile.TemporaryDirectory(prefix="weft-lab-") as folder, (Path(folder) / "out").open("w+") as output:
-        command = [sys.executable, "-m", "weft.cli", "up", "--port", str(port), "--data-path", folder, *flags]
+        command = [str(Path(sys.executable).parent / "weft"), "up", "--port", str(port), "--data-path", folder, *flags]
         started_at = time.perf_counter()
         process = subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.STDOUT)
         try:

@@ -20,6 +20,7 @@ from scheduler_svc.policy.route import RoutePolicy
 from scheduler_svc.workers import InFlight, Worker
 from weft.columns import split_hashes, unpack_u32
 from weft.errors import InvalidRequest, InvariantViolation, Unavailable, WeftError
+from weft.hashing import HASH_BYTES
 from weft.messages import (
     HEARTBEAT_TIMEOUT_S,
     Cancel,
@@ -78,19 +79,20 @@ class ClusterState:
             return [*actions, self._place(waiting, candidates, now)]
         if request.epoch == 0 and (error := self._admit.decide(request, self._view(request.model))) is not None:
             return [*actions, Reject(request, error)]
-        return [*actions, *self._wait([waiting], now)]
+        return [*actions, *self._wait(waiting, now)]
 
     def on_status(self, status: WorkerStatus, now: float) -> list[Action]:
         """A worker tells its room and load."""
         known = self._workers.get(status.worker)
         if known is not None and status.worker_epoch < known.epoch:
             return []
-        if status.state == "dead":
-            return self._worker_gone(status.worker, now)
         actions: list[Action] = []
-        if known is not None and (status.worker_epoch > known.epoch or status.model != known.status.model):
-            actions += self._worker_gone(status.worker, now)
+        is_over = known is not None and (status.worker_epoch > known.epoch or status.model != known.status.model)
+        if known is not None and (is_over or status.state == "dead"):
+            actions += self._worker_gone(status.worker)
             known = None
+        if status.state == "dead":
+            return actions
         worker = known or self._add_worker(status, now)
         for flight in list(worker.in_flight.values()):
             del self._in_flight[flight.key]
@@ -110,25 +112,26 @@ class ClusterState:
         request, worker = declined.request, self._workers.get(declined.worker)
         flight = None
         if worker is not None:
-            flight = self._take_back(worker, request)
+            flight = self._take_back(worker, (request.request_id, request.epoch))
             worker.is_full = True
             self._refresh(worker)
         if flight is None:
             self._next_ticket += 1
             flight = InFlight(request, self._next_ticket, now)
-        return self._put_back([flight], now)
+        return self._put_back(flight, now)
 
     def on_returned(self, hop: Returned, error: WeftError, now: float) -> list[Action]:
         """An assignment of ours came back: nobody listens there, or it could not be sent, or read."""
         name = self._in_flight.get((hop.request_id, hop.epoch))
         if name is None:
             return []
-        if isinstance(error, Unavailable):
-            return self._worker_gone(name, now)
         worker = self._workers[name]
-        request = worker.in_flight[(hop.request_id, hop.epoch)].request
-        self._take_back(worker, request)
+        flight = self._take_back(worker, (hop.request_id, hop.epoch))
+        assert flight is not None
+        if isinstance(error, Unavailable):
+            return self._worker_gone(name) + self._put_back(flight, now)
         self._refresh(worker)
+        request = flight.request
         end = Reject(request, error) if isinstance(error, InvalidRequest) else Lost(request, error)
         return [end, *self._pump(request.model, now)]
 
@@ -161,7 +164,7 @@ class ClusterState:
         for worker in list(self._workers.values()):
             unheard = self._roster.get("worker", worker.name) is None
             if unheard and now - worker.seen_at > HEARTBEAT_TIMEOUT_S:
-                actions += self._worker_gone(worker.name, now)
+                actions += self._worker_gone(worker.name)
         for gateway in self._missing_gateways(now):
             actions += self._drop_gateway(gateway)
         return actions + self._pump_all(now)
@@ -243,36 +246,31 @@ class ClusterState:
 
     def _impossible(self, request: TokenizedRequest) -> WeftError | None:
         sizes = [w.status.max_num_seqs for w in self._workers.values() if w.status.model == request.model]
+        if len(request.block_hashes) % HASH_BYTES:
+            return InvalidRequest("block hashes are no whole number of hashes", param="prompt")
         if not sizes or len(request.choices) <= max(sizes):
             return None
         return InvalidRequest(
             f"{len(request.choices)} choices are more than the {max(sizes)} that a worker runs at once", param="n"
         )
 
-    def _wait(self, arrivals: Iterable[Waiting], now: float) -> list[Action]:
-        """Add to the backlog, send on what can go, and say which of the arrivals could not."""
-        arrived = list(arrivals)
-        for waiting in arrived:
-            self._backlog.add(waiting, now)
-        actions = self._pump_all(now) if len(arrived) > 1 else self._pump(arrived[0].request.model, now)
-        still = [waiting for waiting in arrived if self._backlog.get(waiting.request.request_id) is waiting]
-        return actions + [Queued(waiting.request) for waiting in still]
+    def _wait(self, waiting: Waiting, now: float) -> list[Action]:
+        """Add to the backlog, send on what can go, and tell the gateway if that is not this request."""
+        request = waiting.request
+        self._backlog.add(waiting, now)
+        actions = self._pump(request.model, now)
+        return [*actions, Queued(request)] if self._backlog.get(request.request_id) is waiting else actions
 
-    def _put_back(self, flights: Iterable[InFlight], now: float) -> list[Action]:
-        """What did not stay with its worker waits again, in its old place."""
-        actions: list[Action] = []
-        arrivals: list[Waiting] = []
-        for flight in flights:
-            request = flight.request
-            if self._cancelled.covers(*flight.key):
-                actions.append(Dropped(request, "cancelled"))
-            elif self._backlog.get(request.request_id) is not None:
-                actions.append(Dropped(request, "superseded"))
-            elif self._is_draining:
-                actions.append(Lost(request, _draining()))
-            else:
-                arrivals.append(Waiting(request, flight.ticket, now))
-        return actions + (self._wait(arrivals, now) if arrivals else [])
+    def _put_back(self, flight: InFlight, now: float) -> list[Action]:
+        """What is known not to have been taken waits again, in its old place."""
+        request = flight.request
+        if self._cancelled.covers(*flight.key):
+            return [Dropped(request, "cancelled"), *self._pump(request.model, now)]
+        if self._backlog.get(request.request_id) is not None:
+            return [Dropped(request, "superseded"), *self._pump(request.model, now)]
+        if self._is_draining:
+            return [Lost(request, _draining())]
+        return self._wait(Waiting(request, flight.ticket, now), now)
 
     def _pump_all(self, now: float) -> list[Action]:
         return [action for model in self._backlog.models() for action in self._pump(model, now)]
@@ -308,7 +306,7 @@ class ClusterState:
         return Dispatch(request, decision)
 
     def _decide(self, request: TokenizedRequest, candidates: list[Worker]) -> Decision:
-        num_blocks = len(request.block_hashes) // 16
+        num_blocks = len(request.block_hashes) // HASH_BYTES
         if not self._route.uses_prefix or not num_blocks:
             return self._route.decide(candidates, NO_MATCH, num_blocks)
         mask = self._open_masks[request.model]
@@ -338,23 +336,29 @@ class ClusterState:
         worker = self._workers[status.worker] = Worker(status.worker, bit, status, now)
         return worker
 
-    def _worker_gone(self, name: str, now: float) -> list[Action]:
-        """Forget a worker's room and blocks; what was on its way there waits again."""
-        worker = self._workers.pop(name, None)
-        if worker is None:
-            return []
+    def _worker_gone(self, name: str) -> list[Action]:
+        """Forget a worker's room and blocks.
+
+        What was on its way there may have arrived, and may even run still: only the gateway can make sure that it
+        does not run twice, by a higher epoch.
+        """
+        worker = self._workers.pop(name)
         worker.is_full = True
         self._refresh(worker)
         self._blocks.remove(name)
-        flights = list(worker.in_flight.values())
-        for flight in flights:
+        actions: list[Action] = []
+        for flight in worker.in_flight.values():
             del self._in_flight[flight.key]
-        return self._put_back(flights, now)
+            if self._cancelled.covers(*flight.key):
+                actions.append(Dropped(flight.request, "cancelled"))
+            else:
+                actions.append(Lost(flight.request, Unavailable(f"worker {name} is gone")))
+        return actions
 
-    def _take_back(self, worker: Worker, request: TokenizedRequest) -> InFlight | None:
-        flight = worker.take_back((request.request_id, request.epoch))
+    def _take_back(self, worker: Worker, key: tuple[str, int]) -> InFlight | None:
+        flight = worker.take_back(key)
         if flight is not None:
-            del self._in_flight[flight.key]
+            del self._in_flight[key]
         return flight
 
     def _refresh(self, worker: Worker) -> None:
@@ -384,7 +388,7 @@ class ClusterState:
             elif change.kind == "left" and member.role == "worker":
                 worker = self._workers.get(member.instance)
                 if worker is not None and worker.epoch <= member.epoch:
-                    actions += self._worker_gone(member.instance, now)
+                    actions += self._worker_gone(member.instance)
         return actions
 
     def _count_schedulers(self, now: float) -> list[Action]:

@@ -33,9 +33,14 @@ PURE = [
     "weft/hashing.py",
     "weft/roster.py",
     "gateway/openai.py",
+    "gateway/fields.py",
+    "gateway/prompts.py",
+    "gateway/responses.py",
+    "gateway/detokenize.py",
     "gateway/assembler.py",
     "gateway/streams.py",
-    "scheduler_svc/state.py",
+    *(f"tokenizer_svc/{name}.py" for name in ("prompt", "sandbox")),
+    *(f"scheduler_svc/{name}.py" for name in ("actions", "backlog", "block_index", "state", "workers")),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "scheduler_svc/policy").glob("*.py"))),
     "worker_svc/batch.py",
     "worker_svc/blocks.py",
@@ -79,7 +84,8 @@ def test_pure_modules_do_no_io(name: str) -> None:
 @pytest.mark.parametrize("service", SERVICES)
 def test_only_the_shell_touches_the_bus(service: str) -> None:
     users = {path.name for path in (ROOT / service).rglob("*.py") if "weft.bus" in imports(path)}
-    assert users <= {"service.py", "kv_transfer.py"}
+    # Two shells more: blocks travel on a connection of their own, and the gateway fetches tokenizers.
+    assert users <= {"service.py", "kv_transfer.py", "models.py"}
 
 
 def test_the_contract_imports_nothing_above_it() -> None:
@@ -99,6 +105,6 @@ def test_no_test_sleeps() -> None:
 
 
 def test_nothing_unpickles_or_evaluates() -> None:
-    pattern = re.compile(r"\b(pickle|eval\(|torch\.load\(|trust_remote_code=True)")
+    pattern = re.compile(r"\b(pickle|eval\(|torch\.load\((?!.*weights_only=True)|trust_remote_code=True)")
     for path in FILES:
         assert not pattern.search(path.read_text("utf-8").replace("model.eval()", "")), path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from weft.columns import unpack_u32
 from weft.errors import ContextLengthExceeded, InvalidRequest
 from weft.hashing import block_hashes, chain_root
-from weft.messages import ChatPrompt, GenerateRequest, Prompt, SamplingParams, TokenizedRequest
+from weft.messages import ChatPrompt, GenerateRequest, Prompt, SamplingParams, TextPrompt, TokenizedRequest
 
 
 def check_token_ids(token_ids: bytes, vocab_size: int) -> None:
@@ -23,8 +23,9 @@ def check_token_ids(token_ids: bytes, vocab_size: int) -> None:
 def check_length(prompt: Prompt, num_tokens: int, sampling: SamplingParams, max_model_len: int) -> None:
     """Raises InvalidRequest if the prompt is empty, ContextLengthExceeded if it leaves no room for the completion."""
     param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-    if not num_tokens:
-        raise InvalidRequest("the prompt is empty: it has no tokens", param=param)
+    # What a tokenizer puts before every text is no prompt.
+    if not num_tokens or (isinstance(prompt, TextPrompt) and not prompt.text):
+        raise InvalidRequest("the prompt is empty", param=param)
     completion = 1 if sampling.max_tokens is None else sampling.max_tokens
     if num_tokens + completion > max_model_len:
         raise ContextLengthExceeded(

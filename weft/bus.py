@@ -284,7 +284,7 @@ class Bus:
             raise SettingsError(f"NATS denies {self.role}: {'; '.join(self._denied)}")
 
     async def close(self) -> None:
-        """Send what is queued, if the server takes it within a second, and disconnect; ends even if the server hangs."""
+        """Send what is queued, if the server takes it within a second, and disconnect; a server that hangs is left."""
         self._closing = True
         try:
             async with asyncio.timeout(CLOSE_S):

@@ -11,6 +11,7 @@ from typing import Final
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 MAX_PROMPTS: Final = 256  # prompts in one /v1/completions call
 MAX_CHOICES: Final = 64  # n, for one prompt
+MAX_STREAMS: Final = 1024  # prompts times n, in one call
 MAX_CHAT_MESSAGES: Final = 4096
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_STRING_CHARS: Final = 256

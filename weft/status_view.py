@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Protocol, Self, TextIO
 
-from weft.supervisor import Child, News
+from weft.child import Child, News
 
 FRAMES: Final = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 FRAMES_PER_S: Final = 10
@@ -52,8 +53,10 @@ class PlainView:
         self.say(f"{time.strftime('%H:%M:%S')} {news.text}")
 
     def say(self, text: str) -> None:
-        self._out.write(text + "\n")
-        self._out.flush()
+        # The mesh goes on when whoever read this is gone.
+        with contextlib.suppress(OSError):
+            self._out.write(text + "\n")
+            self._out.flush()
 
 
 class LiveView:
@@ -83,7 +86,8 @@ class LiveView:
             self.say(f"{time.strftime('%H:%M:%S')} {news.text}")
 
     def say(self, text: str) -> None:
-        self._console.print(text)
+        with contextlib.suppress(OSError):
+            self._console.print(text)
 
     def _draw(self) -> str:
         return "\n".join(status_lines(self._children(), time.monotonic()))

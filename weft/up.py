@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from weft import data_folder, model_folder, subjects
+from weft.child import ChildSpec, StartFailed
 from weft.data_folder import DataFolder, RunFile
 from weft.errors import SettingsError, WeftError
 from weft.messages import Role
 from weft.model_folder import ModelFolder
 from weft.settings import PREFIX, UpSettings, load, to_environ
 from weft.status_view import View, make_view
-from weft.supervisor import NATS, ChildSpec, StartFailed, Supervisor
+from weft.supervisor import NATS, Supervisor
 from weft.telemetry import FieldFormatter
 
 BAD_SETTINGS: Final = 2
@@ -121,11 +122,16 @@ def _share_of_machine(settings: UpSettings, number: int, environ: Mapping[str, s
     """One worker's share of cores and GPUs: they are dealt out, since workers know nothing of each other."""
     share: dict[str, str] = {}
     if settings.workers > 1 and settings.worker.threads == 0:
-        share["WEFT_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // settings.workers))
+        share["WEFT_THREADS"] = str(max(1, _num_cores() // settings.workers))
     gpus = _gpus(environ)
     if len(gpus) > 1 and settings.worker.device != "cpu":
         share["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     return share
+
+
+def _num_cores() -> int:
+    # Those that this process may use, where the system says which.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus(environ: Mapping[str, str]) -> list[str]:
@@ -219,10 +225,8 @@ class _Signals:
     def _on_signal(self) -> None:
         self.count += 1
         self._supervisor.stop()
-        # The terminal may be gone.
-        with contextlib.suppress(OSError):
-            if self.count == 1:
-                self._view.say("\nEnding: running streams may finish; press Ctrl-C again to end at once.")
+        if self.count == 1:
+            self._view.say("\nEnding: running streams may finish; press Ctrl-C again to end at once.")
 
 
 def _run_file(plan: Plan, supervisor: Supervisor) -> RunFile:

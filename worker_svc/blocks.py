@@ -123,6 +123,11 @@ class BlockPool:
         else:
             self._stored[block_hash] = None
 
+    def disown(self, block_ids: Iterable[int]) -> None:
+        """Take the hashes of held blocks away: what they hold is not to be trusted, nor found by anybody again."""
+        for block_id in block_ids:
+            self._unname(block_id)
+
     def copy_on_write(self, block_id: int) -> int:
         """Exchange one reference to a block for a block of one's own; the caller copies the bytes.
 
@@ -142,15 +147,19 @@ class BlockPool:
 
     def _evict(self) -> int:
         block_id, _ = self._cached.popitem(last=False)
+        self._unname(block_id)
+        return block_id
+
+    def _unname(self, block_id: int) -> None:
         block_hash = self._hash_of[block_id]
-        assert block_hash is not None
+        if block_hash is None:
+            return
         self._hash_of[block_id] = None
         del self._block_of[block_hash]
         if block_hash in self._stored:
             del self._stored[block_hash]
         else:
             self._removed[block_hash] = None
-        return block_id
 
     def check(self, tables: Iterable[Iterable[int]] | None = None) -> None:
         """Prove that the books balance; with all block tables there are, also that every reference is theirs.

@@ -93,10 +93,12 @@ class Engine:
         load: EngineLoad | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args:
-        digest: what `model_folder.digest` says; names the model in block hashes.
-        load: numbers to keep up to date.
-        clock: monotonic seconds.
+        """Start with nothing running.
+
+        Args:
+            digest: what `model_folder.digest` says; names the model in block hashes.
+            load: numbers to keep up to date.
+            clock: monotonic seconds.
         """
         self.pool = BlockPool(runner.num_blocks)
         self.exchange = KvExchange(
@@ -277,6 +279,8 @@ class Engine:
             if error is None:
                 self._append(sequence, token_id, samples.logprobs.get(row))
             else:
+                # Whatever spoiled its logits may be in its blocks, too.
+                self.pool.disown(sequence.block_table)
                 self._fail(sequence, error)
 
     def _commit_blocks(self, sequence: Sequence) -> None:

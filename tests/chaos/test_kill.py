@@ -125,7 +125,7 @@ async def test_a_killed_gateway_frees_its_blocks(mesh: Up) -> None:
         kill(mesh, "gateway")
         mesh.wait_for(r"gateway-0 is ready again", since=seen)
         for answer in answers:
-            with pytest.raises(Exception, match=r"."):  # noqa: B017  # the connection broke, however httpx says so
+            with pytest.raises(Exception, match=r"."):  # the connection broke, however httpx says so
                 await read(answer)
     await until(lambda: idle(mesh))
 

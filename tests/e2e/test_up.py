@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -28,6 +30,32 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """One mesh of null engines for the tests that leave it as they found it."""
     with up.running(tmp_path_factory.mktemp("mesh"), "--engine", "null", "--null-tokens-per-s", "50") as running:
         yield running
+
+
+def start_in_terminal(mesh: Up, *argv: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A weft command, and our end of the terminal that it runs in."""
+    ours, theirs = os.openpty()
+    # `setsid -c` makes it the terminal that Ctrl-C comes from.
+    process = subprocess.Popen(
+        ["setsid", "-c", up.WEFT, *argv], stdin=theirs, stdout=theirs, stderr=theirs, env=up.environ(mesh.folder)
+    )
+    os.close(theirs)
+    return process, ours
+
+
+class Terminal:
+    """What a program has written to its terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._text = ""
+
+    async def see(self, wanted: str, *, times: int = 1) -> None:
+        """Read until `wanted` has come so many times since the last call."""
+        async with asyncio.timeout(20):
+            while self._text.count(wanted) < times:
+                self._text += (await asyncio.to_thread(os.read, self._descriptor, 4096)).decode(errors="replace")
+        self._text = ""
 
 
 async def events(url: str, **asked: object) -> AsyncIterator[dict[str, object]]:
@@ -98,6 +126,19 @@ async def test_chat_answers_and_keeps_the_conversation(mesh: Up) -> None:
     assert "There is /reset and /quit." in talk.stdout
 
 
+async def test_interrupt_in_a_chat_stops_the_answer_only(mesh: Up) -> None:
+    chat, ours = start_in_terminal(mesh, "chat")
+    terminal = Terminal(ours)
+    await terminal.see("> ")
+    os.write(ours, b"Hello\n")
+    await terminal.see(" ", times=5)
+    os.write(ours, b"\x03")
+    await terminal.see("…\r\n> ")
+    os.write(ours, b"\x04")
+    assert chat.wait(timeout=20) == 0
+    os.close(ours)
+
+
 async def test_second_mesh_in_the_same_folder_is_refused(mesh: Up) -> None:
     refused = mesh.command("up", "--port", "0")
     assert refused.returncode == 2
@@ -151,7 +192,11 @@ async def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "MambaForCausalLM")],
+    [
+        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "MambaForCausalLM"),
+        ({"num_hidden_layers": 99}, r"weights are missing: model\.layers\."),
+    ],
+    ids=["unknown architecture", "missing tensor"],
 )
 async def test_model_that_no_worker_can_run_is_one_sentence(
     tmp_path: Path, config: dict[str, object], words: str

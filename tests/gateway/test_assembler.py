@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 
 import pytest
 from hypothesis import example, given
@@ -29,7 +30,10 @@ def build() -> Tokenizer:
 VOCABULARY = Vocabulary(build().to_str())
 EOS = build().token_to_id("<eos>")
 TOKEN_IDS = st.lists(st.integers(0, len(TOKENS) - 1), max_size=12)
-STOPS = st.lists(st.text("abc 😀", min_size=1, max_size=4), max_size=3).map(tuple)
+STOP = st.one_of(
+    st.text("ab", min_size=1, max_size=4), st.text("abc 😀\N{REPLACEMENT CHARACTER}", min_size=1, max_size=4)
+)
+STOPS = st.lists(STOP, max_size=3).map(tuple)
 FINISHES = st.sampled_from([FINISH_NONE, FINISH_STOP, FINISH_LENGTH])
 
 
@@ -83,6 +87,11 @@ def answer(
     return result
 
 
+def certain_text(token_ids: list[int]) -> str:
+    """What no further token can change."""
+    return commonprefix([VOCABULARY.decode([*token_ids, *ids(token)]) for token in ("Ģ", "a")])
+
+
 def reference(token_ids: list[int], finish: int, stop: tuple[str, ...], min_tokens: int) -> tuple[str, str | None, int]:
     """Text, finish reason and count: after every token, decode it all and look for a stop string that is new."""
     shown = token_ids[:-1] if finish == FINISH_STOP else token_ids
@@ -90,7 +99,7 @@ def reference(token_ids: list[int], finish: int, stop: tuple[str, ...], min_toke
     for count in range(1, len(token_ids) + 1):
         text = VOCABULARY.decode(shown[:count])
         if count < len(token_ids) or finish == FINISH_NONE:
-            text = text.removesuffix("\N{REPLACEMENT CHARACTER}")
+            text = certain_text(shown[:count])
         hits = [
             at for one in stop for at in range(len(text)) if text.startswith(one, at) and at + len(one) > len(before)
         ]
@@ -104,6 +113,8 @@ def reference(token_ids: list[int], finish: int, stop: tuple[str, ...], min_toke
 @given(TOKEN_IDS, st.lists(st.integers(0, 12), max_size=6), FINISHES, STOPS, st.integers(0, 6))
 @example(ids("abc", "ab", "c"), [1, 2], FINISH_LENGTH, ("cab",), 2)
 @example(ids("ðŁĺ", "Ģ", "a"), [1, 2], FINISH_STOP, ("😀",), 0)
+@example(ids("a", "ðŁĺ"), [1], FINISH_LENGTH, ("\N{REPLACEMENT CHARACTER}",), 0)
+@example(ids("c", "a", "b", "c"), [1, 2, 3], FINISH_LENGTH, ("cabx", "ab"), 4)
 def test_the_answer_is_the_reference_however_the_tokens_are_cut(
     token_ids: list[int], cuts: list[int], finish: int, stop: tuple[str, ...], min_tokens: int
 ) -> None:
@@ -115,9 +126,10 @@ def test_the_answer_is_the_reference_however_the_tokens_are_cut(
     assert result.text == text or (reason is None and text.startswith(result.text))
 
 
-@given(TOKEN_IDS, st.lists(st.integers(0, 12), max_size=6), FINISHES, STOPS, st.integers(0, 6))
+@given(TOKEN_IDS, FINISHES, STOPS, st.integers(0, 6))
+@example(ids("a", "a", "c"), FINISH_LENGTH, ("ab",), 0)
 def test_logprobs_come_once_for_each_token_and_not_before_their_text(
-    token_ids: list[int], cuts: list[int], finish: int, stop: tuple[str, ...], min_tokens: int
+    token_ids: list[int], finish: int, stop: tuple[str, ...], min_tokens: int
 ) -> None:
     assembler = Assembler(VOCABULARY, stop=stop, min_tokens=min_tokens, logprobs=True)
     result = Answer()
@@ -174,6 +186,10 @@ def test_nothing_after_a_stop_string_is_counted() -> None:
 
 def test_a_stop_string_before_min_tokens_is_text() -> None:
     assert answer(ids("c", "a", "c"), stop=("c",), min_tokens=2).text == "ca"
+
+
+def test_a_stop_string_that_is_ignored_is_not_held_back() -> None:
+    assert answer(ids("ab"), finish=FINISH_NONE, stop=("ab",), min_tokens=5).texts == ["ab"]
 
 
 def test_a_stop_string_may_begin_before_min_tokens() -> None:

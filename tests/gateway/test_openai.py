@@ -168,7 +168,7 @@ def test_contents_are_texts_parts_or_an_assistants_nothing() -> None:
         ]
     )
     assert call.prompts[0].messages == [  # type: ignore[union-attr]
-        ChatMessage("developer", "a", "x"),
+        ChatMessage("system", "a", "x"),
         ChatMessage("user", "bc"),
         ChatMessage("assistant", ""),
         ChatMessage("assistant", ""),
@@ -253,6 +253,7 @@ BAD_CHAT: list[tuple[str, Any, str]] = [
     ("messages", [{"role": "user", "content": ["a"]}], "messages[0].content[0]"),
     ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+    ("messages", [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}], "messages[0].content[0].x"),
     ("messages", [{**USER, "name": 5}], "messages[0].name"),
     ("messages", [{**USER, "tool_calls": [{}]}], "messages[0].tool_calls"),
     ("messages", [{**USER, "mood": "good"}], "messages[0].mood"),
@@ -299,7 +300,7 @@ def test_a_bad_field_of_a_completion_is_named(field: str, value: Any, param: str
         ({"min_tokens": 17}, "min_tokens"),
         ({"echo": True, "logprobs": 1}, "logprobs"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"stream": True, "stream_options": {"include_obfuscation": 1}}, "stream_options.include_obfuscation"),
         ({"stream": True, "stream_options": {"other": True}}, "stream_options.other"),
         ({"n": 3, "best_of": 5}, "best_of"),
     ],
@@ -491,3 +492,18 @@ def parse_anyhow(body: bytes) -> None:
 )
 def test_errors_have_openais_envelope(error: WeftError, type_: str, param: str | None, code: str | None) -> None:
     assert json.loads(error_body(error)) == {"error": {"message": "m", "type": type_, "param": param, "code": code}}
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity"])
+def test_a_literal_that_json_does_not_have_is_refused_by_its_fields_name(literal: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat(
+            b'{"model": "m", "temperature": ' + literal.encode() + b"}", now=0.0, defaults=lambda _: SamplingParams()
+        )
+    assert caught.value.param == "temperature"
+
+
+def test_one_call_cannot_ask_for_more_streams_than_the_limit() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        completion(prompt=["a"] * 200, n=64)
+    assert caught.value.param == "n"

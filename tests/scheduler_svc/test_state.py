@@ -153,17 +153,25 @@ def test_assignment_that_the_worker_cannot_read_is_handed_on() -> None:
     assert told(state.on_returned(Returned("g0", "a", 0), DecodeError("what?"), 0.2)) == []
 
 
-def test_worker_that_leaves_gives_back_what_was_on_its_way() -> None:
+def test_what_was_on_its_way_to_a_worker_that_leaves_is_the_gateways_to_recover() -> None:
     state = make_state()
     state.on_heartbeat(beat("worker", "w0"), 0.0)
     state.on_status(make_status(num_running=1, accepted={SCHEDULER: 1}), 0.0)
     state.on_request(make_request("a"), 0.1)
-    assert told(state.on_heartbeat(beat("worker", "w0", state="dead"), 0.2)) == [("queued", "a")]
-    assert told(state.on_request(make_request("b"), 0.3)) == [("queued", "b")]
+    assert told(state.on_heartbeat(beat("worker", "w0", state="dead"), 0.2)) == [("lost", "a")]
+    assert told(state.on_request(make_request("a", epoch=1), 0.3)) == [("queued", "a")]
     # A new life has room and blocks of its own.
-    revived = make_status(worker_epoch=2)
-    assert told(state.on_status(revived, 0.4)) == [("dispatch", "a", "w0"), ("dispatch", "b", "w0")]
+    assert told(state.on_status(make_status(worker_epoch=2), 0.4)) == [("dispatch", "a", "w0")]
     assert told(state.on_status(make_status(), 0.5)) == []
+
+
+def test_only_the_assignment_that_came_back_is_known_not_to_run() -> None:
+    state = make_state()
+    state.on_status(make_status("w0"), 0.0)
+    for name in "ab":
+        state.on_request(make_request(name), 0.1)
+    actions = state.on_returned(Returned("g0", "b", 0), Unavailable("nobody"), 0.2)
+    assert told(actions) == [("lost", "a"), ("queued", "b")]
 
 
 def test_worker_of_which_nobody_hears_is_gone_but_not_while_its_heart_beats() -> None:

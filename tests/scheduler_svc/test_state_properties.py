@@ -59,6 +59,7 @@ class Simulation:
         self.num_schedulers = 1
         self.waiting: dict[Key, Place] = {}  # what the scheduler must hold
         self.arrivals: dict[Key, int] = {}
+        self.handed_on: list[TokenizedRequest] = []  # what a dead worker may or may not have taken
         self.ended: set[Key] = set()
         self.log: list[str] = []
 
@@ -120,17 +121,22 @@ class Simulation:
             return
         # What a status has accounted for is the worker's; what has not is put back.
         unseen = [*worker.unseen, *worker.inbox]
-        if how == "returned" and not unseen:
+        if how == "returned" and not worker.inbox:
             return
-        worker.inbox, worker.running, worker.is_up = [], [], False
-        self.put_back(unseen)
+        # What nobody can know to have been taken or not is the gateway's to decide.
+        worker.running, worker.is_up, returned = [], False, worker.inbox[:1]
+        worker.inbox = []
         if how == "returned":
-            hop = Returned("g0", unseen[0].request_id, unseen[0].epoch)
+            self.put_back(returned)
+            self.handed_on += [request for request in unseen if request is not returned[0]]
+            hop = Returned("g0", returned[0].request_id, returned[0].epoch)
             self.take(self.state.on_returned(hop, Unavailable("nobody"), self.now))
         else:
+            self.handed_on += unseen
             for state in ("ready", "dead"):
                 beat = Heartbeat("worker", name, worker.epoch, state)  # type: ignore[arg-type]
                 self.take(self.state.on_heartbeat(beat, self.now))
+        assert not self.handed_on
 
     def do_schedulers(self, count: int) -> None:
         self.num_schedulers = count
@@ -157,7 +163,10 @@ class Simulation:
                 key = (action.request.request_id, action.request.epoch)
                 assert key not in self.ended, "a request ended twice"
                 self.ended.add(key)
-                del self.waiting[key]
+                if action.request in self.handed_on:
+                    self.handed_on.remove(action.request)
+                else:
+                    del self.waiting[key]
             elif isinstance(action, Queued):
                 assert (action.request.request_id, action.request.epoch) in self.waiting
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.processes import children_of
+from weft import launch
 
 WEFT = Path(sys.executable).parent / "weft"
 READY_S = 60.0
@@ -93,8 +94,9 @@ class Up:
 
 def start(folder: Path, *argv: str) -> Up:
     """Start without waiting. Whoever calls this calls `end`."""
+    # Like the supervisor's own children, it ends when whoever started it does: a killed test leaves nothing behind.
     process = subprocess.Popen(
-        [WEFT, "up", "--port", "0", *argv],
+        [sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), WEFT, "up", "--port", "0", *argv],
         env=environ(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -163,6 +163,11 @@ def test_text_is_that_of_transformers(
         assert template.render(prompt_of(messages, add)) == expected
 
 
+ADDED = {"__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+DECODER = {"0": {"content": "<|bos|>", "special": True}}
+OLD_MAP = {"special_tokens_map.json": '{"bos_token": "<|eos|>"}'}
+
+
 @pytest.mark.parametrize(
     ("config", "files"),
     [
@@ -170,13 +175,13 @@ def test_text_is_that_of_transformers(
         ({"chat_template": "config"}, {"chat_template.jinja": "file\n"}),
         ({"chat_template": [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]}, {}),
         ({}, {"chat_template.jinja": "main", "additional_chat_templates/rag.jinja": "rag"}),
-        ({"chat_template": "{{ bos_token }}{{ eos_token }}|{{ sep_token }}|", "bos_token": {"content": "<|bos|>", "__type": "AddedToken"}}, {}),
+        ({"chat_template": "{{ bos_token }}|{{ sep_token }}|", "bos_token": {"content": "<|bos|>", **ADDED}}, {}),
         ({"chat_template": "{{ bos_token }}{{ eos_token }}", "bos_token": None, "eos_token": "<|end|>"}, {}),
-        ({"chat_template": "{{ bos_token }}", "bos_token": "<|bos|>"}, {"special_tokens_map.json": '{"bos_token": "<|eos|>"}'}),
-        ({"chat_template": "{{ bos_token }}", "bos_token": "<|bos|>", "added_tokens_decoder": {"0": {"content": "<|bos|>", "special": True}}}, {"special_tokens_map.json": '{"bos_token": "<|eos|>"}'}),
+        ({"chat_template": "{{ bos_token }}", "bos_token": "<|bos|>"}, OLD_MAP),
+        ({"chat_template": "{{ bos_token }}", "bos_token": "<|bos|>", "added_tokens_decoder": DECODER}, OLD_MAP),
         ({"chat_template": "{{ image_token }}", "image_token": "<|pad|>"}, {}),
     ],
-)  # fmt: skip
+)
 def test_template_and_tokens_are_found_where_transformers_finds_them(
     config: dict[str, Any], files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -218,18 +223,26 @@ def test_template_that_fails_on_messages_is_the_requests_end_and_no_more() -> No
             template.render(prompt_of(messages))
 
 
+def again(expression: str) -> str:
+    """A string that becomes the expression forty times."""
+    return "{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set ns.s = " + expression + " %}{% endfor %}"
+
+
 HUGE = {
     "string times number": "{{ 'ab' * 10 ** 9 }}",
     "list times number": "{{ ([0] * 10 ** 10) | length }}",
     "number on the left": "{{ 10 ** 9 * 'ab' }}",
     "power": "{{ 10 ** (10 ** 6) }}",
-    "repeated multiplication": "{% set ns = namespace(n=3) %}{% for i in range(40) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
-    "doubling with plus": "{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "doubling with tilde": "{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "doubling with join": "{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
-    "doubling with method join": "{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set ns.s = ''.join([ns.s, ns.s]) %}{% endfor %}",
-    "doubling with blocks": "{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set b %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = b %}{% endfor %}",
-    "doubling with format": "{% set ns = namespace(s='x') %}{% for i in range(40) %}{% set ns.s = '%s%s' % (ns.s, ns.s) %}{% endfor %}",
+    "number by itself": "{% set ns = namespace(n=3) %}{% for i in range(40) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "doubling with plus": again("ns.s + ns.s"),
+    "doubling with tilde": again("ns.s ~ ns.s"),
+    "doubling with join": again("[ns.s, ns.s] | join"),
+    "doubling with method join": again("''.join([ns.s, ns.s])"),
+    "doubling with blocks": (
+        "{% set ns = namespace(s='x') %}{% for i in range(40) %}"
+        "{% set twice %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = twice %}{% endfor %}"
+    ),
+    "doubling with format": again("'%s%s' % (ns.s, ns.s)"),
     "percent width": "{{ '%1000000000d' % 1 }}",
     "named percent width": "{{ '%(n)1000000000d' % {'n': 1} }}",
     "format filter": "{{ '%1000000000d' | format(1) }}",
@@ -248,7 +261,7 @@ HUGE = {
     "output": "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
     "lorem ipsum": "{{ lipsum(10 ** 6) }}",
     "date": "{{ strftime_now('%c' * 9999) }}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("source", HUGE.values(), ids=HUGE)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from weft import chat, cli, data_folder, model_folder, operate, status_view, up
+from weft.child import Child, ChildSpec
 from weft.data_folder import RunFile
 from weft.errors import SettingsError
 from weft.messages import WorkerStatus
 from weft.roster import Member
 from weft.settings import ChatSettings, UpSettings, load
-from weft.supervisor import Child, ChildSpec
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 128, "vocab_size": 64}
 

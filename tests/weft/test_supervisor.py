@@ -17,11 +17,12 @@ from tests.support.processes import children_of, is_alive
 from tests.support.wait import until
 from weft import data_folder, subjects
 from weft.bus import Bus
+from weft.child import ChildSpec, News, StartFailed, describe_status, restart_delay
 from weft.data_folder import DataFolder
 from weft.errors import SettingsError
 from weft.messages import Heartbeat, Role
 from weft.settings import MeshSettings
-from weft.supervisor import ChildSpec, News, StartFailed, Supervisor, describe_status, restart_delay
+from weft.supervisor import Supervisor
 
 STAND_IN = str(Path(__file__).parents[1] / "support" / "stand_in.py")
 PASSWORDS: dict[Role, str] = {role: secrets.token_hex(8) for role in subjects.PERMISSIONS}
@@ -134,7 +135,7 @@ async def test_child_that_refuses_its_settings_ends_all_with_its_own_sentence(tm
 
 async def test_child_that_never_starts_ends_all_after_some_tries(tmp_path: Path) -> None:
     running = make(tmp_path, spec("cache-0", "cache", "crash"))
-    with pytest.raises(StartFailed, match=r"cache-0 died 5 times while starting \(exit status 3\): something snapped"):
+    with pytest.raises(StartFailed, match=r"cache-0 died \(exit status 3\), 5 times while starting: something snapped"):
         async with started(running):
             pass
 
@@ -181,3 +182,17 @@ async def listening(running: Running) -> AsyncIterator[list[Heartbeat]]:
     await bus.flush()
     yield beats
     await bus.close()
+
+
+async def test_child_whose_program_is_missing_ends_all(tmp_path: Path) -> None:
+    gone = ChildSpec("worker-0", "worker", ("/nowhere/python",), {})
+    with pytest.raises(StartFailed, match="worker-0 died"):
+        async with started(make(tmp_path, gone)):
+            pass
+
+
+async def test_child_that_ends_well_before_it_was_ready_has_failed(tmp_path: Path) -> None:
+    idle = ChildSpec("cache-0", "cache", (sys.executable, "-c", "pass"), {})
+    with pytest.raises(StartFailed, match=r"cache-0 died \(exit status 0\), 5 times while starting: it said nothing"):
+        async with started(make(tmp_path, idle)):
+            pass

@@ -198,7 +198,7 @@ loads = st.fixed_dictionaries(
 
 
 @given(loads)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_everyone_finishes_within_budget_and_blocks(load: dict[str, object]) -> None:
     simulation = make(**load)
     total = len(simulation.waiting)

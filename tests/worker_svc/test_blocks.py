@@ -114,6 +114,19 @@ def test_changes_are_net_of_what_came_and_went() -> None:
     assert set(pool.hashes()) == {name(2), name(4)}
 
 
+def test_disowned_blocks_are_found_no_more_and_free_when_their_holders_let_go() -> None:
+    pool = BlockPool(3)
+    blocks = fill(pool, 1, 2)
+    pool.take_changes()
+    pool.touch(blocks[:1])
+    pool.disown(blocks)
+    assert pool.lookup([name(1)]) == [] and set(pool.take_changes()[1]) == {name(1), name(2)}
+    pool.check([blocks, blocks[:1]])
+    pool.free(blocks)
+    pool.free(blocks[:1])
+    pool.check([])
+
+
 def test_more_than_there_is_cannot_be_allocated() -> None:
     pool = BlockPool(2)
     with pytest.raises(InvariantViolation, match="3 blocks wanted, 2 are free"):
@@ -190,6 +203,11 @@ class PoolMachine(RuleBasedStateMachine):
         before = self.pool.ref_count(table[-1])
         source, table[-1] = table[-1], self.pool.copy_on_write(table[-1])
         assert self.pool.ref_count(source) == before - 1
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def disown(self, data: st.DataObject) -> None:
+        self.pool.disown(self.tables[data.draw(st.integers(0, len(self.tables) - 1))])
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())

@@ -246,6 +246,8 @@ def test_sequence_with_bad_logits_fails_alone(value: float) -> None:
     assert record.outcomes["r0", 0].finish == FINISH_ERROR and record.tokens() == []
     assert record.tokens("good", 1) == expected
     assert engine.pool.num_free_blocks == runner.num_blocks
+    again = run(engine, [add(prompt_of(20), "r1", slots=[2])])
+    assert again.started["r1"].num_cached_tokens == 0, "its blocks are not reused"
 
 
 def test_fault_of_the_model_is_not_swallowed() -> None:

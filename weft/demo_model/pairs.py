@@ -15,7 +15,7 @@ from weft.demo_model.corpus import Tale
 
 Chat = list[tuple[str, str]]
 
-TALE_CHARS = (220, 700)
+TALE_CHARS = (160, 560)
 SORTS = {
     "animal": words.ANIMALS + words.CREATURES,
     "man": words.MEN,
@@ -147,9 +147,9 @@ class ChatMaker:
 
     def _choose_noun(self, rng: Random) -> str:
         draw = rng.random()
-        if draw < 0.3:
+        if draw < 0.2:
             return rng.choice(words.COMMON_NOUNS)
-        if draw < 0.55:
+        if draw < 0.6:
             return rng.choice(self._odd_nouns)
         return rng.choice(SORTS[rng.choices(list(SORTS), weights=[35, 25, 15, 25])[0]])
 

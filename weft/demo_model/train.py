@@ -168,7 +168,7 @@ class Trainer:
     def _load_checkpoint(self) -> None:
         path = self.run_folder / "checkpoint.pt"
         if path.exists():
-            state: dict[str, Any] = torch.load(path)
+            state: dict[str, Any] = torch.load(path, weights_only=True)
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)

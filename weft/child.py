@@ -1,0 +1,71 @@
+"""What the supervisor knows of one process that it keeps alive, and the words for what happens to it. Pure."""
+
+from __future__ import annotations
+
+import signal
+from asyncio.subprocess import Process
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from weft.messages import Role
+
+FIRST_DELAY_S: Final = 0.1
+LONGEST_DELAY_S: Final = 10.0
+
+ChildState = Literal["starting", "ready", "draining", "waiting", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """A process to keep alive; `name` is its instance on the bus. Without a role it is the NATS server."""
+
+    name: str
+    role: Role | None
+    argv: tuple[str, ...]
+    environ: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(slots=True)
+class Child:
+    """What the supervisor knows of one process. Times are monotonic seconds."""
+
+    spec: ChildSpec
+    state: ChildState = "starting"
+    since: float = 0.0  # when this life began
+    ready_at: float = 0.0  # when it first was ready in this life
+    last_beat: float = 0.0
+    epoch: int | None = None  # of this life, from its heartbeats
+    past_epoch: int = 0
+    was_ready: bool = False  # in any life
+    failures: int = 0  # deaths since it last was stable
+    loaded: float = 0.0  # share of the weights that a worker has loaded
+    process: Process | None = None
+    log_offset: int = 0  # where this life's part of the log begins
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """One sentence about a child."""
+
+    child: str
+    text: str
+    kind: Literal["ready", "trouble"]
+
+
+class StartFailed(Exception):
+    """A child died again and again before it was ever ready; the message says which and how."""
+
+
+def restart_delay(failures: int) -> float:
+    """Seconds to wait before a child's next life after so many deaths in a row."""
+    return float(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** max(0, failures - 1)))
+
+
+def describe_status(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"signal {-status}, {signal.Signals(-status).name}"
+    except ValueError:
+        return f"signal {-status}"
