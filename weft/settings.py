@@ -123,7 +123,7 @@ class WorkerSettings:
     threads: int = setting(0, "CPU threads of the model; 0 leaves the mesh its share.", ge=0, le=1024)
     kv_memory: int = setting(2**29, "Memory for KV blocks.", size=True, ge=2**16)
     max_num_seqs: int = setting(64, "Sequences that run at once.", ge=1, le=65536)
-    max_num_batched_tokens: int = setting(512, "Tokens that one step computes at most.", ge=1)
+    max_num_batched_tokens: int = setting(256, "Tokens that one step computes at most.", ge=1)
     batching: str = setting("chunked", "Batching policy of the engine.", choices=("chunked", "static"))
     prefix_cache: bool = setting(True, "Keep and reuse the KV blocks of finished requests.")
     kv_offload: bool = setting(True, "Send full blocks to the cache service.")
