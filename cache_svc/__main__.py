@@ -7,4 +7,4 @@ from weft.service import main
 from weft.settings import CacheSettings
 
 if __name__ == "__main__":
-    main(CacheSettings, lambda settings: settings.mesh, "cache", CacheService, prog="cache_svc")
+    main(CacheSettings, "cache", CacheService, prog="cache_svc")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ from weft.errors import DecodeError
 from weft.messages import BlockData, BlockGet, BlockHas, BlockHasReply, BlockPut, KvEvents
 from weft.service import Context
 from weft.settings import CacheSettings
+from weft.telemetry import totals
 
 log = logging.getLogger(__name__)
 
@@ -90,16 +91,14 @@ class CacheService:
         return True
 
     def stats(self) -> dict[str, float]:
-        found = {item.name: float(getattr(self._counters, item.name)) for item in fields(self._counters)}
-        found |= {
+        found = totals(self._counters) | {
             "memory_blocks": float(len(self._memory.table)),
             "memory_bytes": float(self._memory.table.used),
-            "memory_evicted": float(self._memory.evicted),
+            "memory_evicted_total": float(self._memory.evicted),
             "unwritten_bytes": float(self._unwritten_bytes),
         }
         if self._disk is not None:
-            counters = self._disk.counters
-            found |= {f"disk_{item.name}": float(getattr(counters, item.name)) for item in fields(counters)}
+            found |= totals(self._disk.counters, "disk_")
             found |= {"disk_blocks": float(len(self._disk.table)), "disk_bytes": float(self._disk.table.used)}
         return found
 

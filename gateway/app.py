@@ -105,6 +105,8 @@ class Routes:
             )
         except web.HTTPException as error:
             response = _error_response(NotFound(f"no route {request.method} {request.path}"), status=error.status)
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                response.headers["Allow"] = error.headers["Allow"]
         except (asyncio.CancelledError, ConnectionError):
             self._count(request, 499)
             raise
@@ -219,8 +221,6 @@ class Routes:
         model, prompt = openai.parse_tokenize(await self._body(request), now=time.time())
         self._ring.model_table.get(model)
         reply = await self._ring.ask(model, TokenizeQuery(model, prompt), TokenizeReply)
-        if reply.error is not None:
-            raise reply.error.to_error()
         tokens = unpack_u32(reply.token_ids)
         return _json_response({"count": len(tokens), "max_model_len": reply.max_model_len, "tokens": tokens})
 
@@ -228,8 +228,6 @@ class Routes:
         model, token_ids = openai.parse_detokenize(await self._body(request))
         self._ring.model_table.get(model)
         reply = await self._ring.ask(model, DetokenizeQuery(model, token_ids), DetokenizeReply)
-        if reply.error is not None:
-            raise reply.error.to_error()
         return _json_response({"prompt": reply.text})
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -260,6 +258,8 @@ class Routes:
                 return await request.read()
         except TimeoutError:
             raise InvalidRequest(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+        except web.RequestPayloadError as error:
+            raise InvalidRequest("the body is not what its Content-Encoding says") from error
 
     async def _parsed(self, request: web.Request, parse: Parser) -> openai.Call:
         body = await self._body(request)

@@ -38,8 +38,6 @@ class Delta(msgspec.Struct, frozen=True):
     finish_reason: str | None = None  # "stop" or "length"
     # Each token's, once, not before the text it begins with.
     logprobs: tuple[TokenLogprob, ...] = ()
-    # A stop string ended it, of which the worker knows nothing yet.
-    stopped_by_string: bool = False
 
 
 class Assembler:
@@ -69,9 +67,7 @@ class Assembler:
         stop: tuple[str, ...],
         min_tokens: int,
         logprobs: bool,
-        emitted_before: Sequence[int] = (),
     ) -> None:
-        """`emitted_before` are tokens whose text the client has: they are taken without saying anything."""
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self._vocabulary = vocabulary
@@ -82,8 +78,6 @@ class Assembler:
         self._held = ""
         self._num_decoded = 0  # characters, held ones included
         self._logprobs: deque[TokenLogprob] = deque()
-        if emitted_before:
-            self.push(emitted_before, FINISH_NONE)
 
     @property
     def num_counted(self) -> int:
@@ -108,13 +102,13 @@ class Assembler:
             if i < num_shown:
                 text += self._take(self._decoder.push(token_id))
                 if self.finish_reason is not None:
-                    return self._end(text, stopped_by_string=finish == FINISH_NONE)
+                    return self._end(text)
         if finish != FINISH_NONE:
             text += self._take(self._decoder.finish())
             if self.finish_reason is None:
                 self.finish_reason = _REASONS[finish]
                 text += self._held
-            return self._end(text, stopped_by_string=False)
+            return self._end(text)
         if not text:
             return None
         return Delta(text, None, self._release_logprobs() if self._logprobs else ())
@@ -136,11 +130,11 @@ class Assembler:
         self._held = text[cut:]
         return text[:cut]
 
-    def _end(self, text: str, *, stopped_by_string: bool) -> Delta:
+    def _end(self, text: str) -> Delta:
         logprobs = tuple(self._logprobs)
         self._logprobs.clear()
         self._held = ""
-        return Delta(text, self.finish_reason, logprobs, stopped_by_string)
+        return Delta(text, self.finish_reason, logprobs)
 
     def _look_up(self, token_id: int, raw: RawLogprob) -> TokenLogprob:
         logprob, top_token_ids, top_values = raw

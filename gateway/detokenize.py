@@ -89,9 +89,6 @@ class Vocabulary:
             case _:
                 return self.decode([token_id]).encode()
 
-    def token_text(self, token_id: int) -> str:
-        return bytes_to_text(self.token_bytes(token_id))
-
     def _token(self, token_id: int) -> str | None:
         """None if the id is left out when decoding."""
         token: str | None = self._tokenizer.id_to_token(token_id)

@@ -89,8 +89,6 @@ class ModelTable:
                 TokenizerPiece,
                 timeout_s=FETCH_TIMEOUT_S,
             )
-            if piece.error is not None:
-                raise piece.error.to_error()
             if piece.offset != size or not piece.data:
                 raise DecodeError(f"piece of the tokenizer of {card.model} is not the one asked for")
             pieces.append(piece.data)

@@ -42,7 +42,6 @@ class Call:
     echo: bool
     # None = no logprobs in the answer; 0 = of the sampled token only.
     top_logprobs: int | None
-    user: str
 
 
 def parse_chat(body: bytes, *, now: float, defaults: Defaults) -> Call:
@@ -172,6 +171,8 @@ def _call(
     best_of = fields.integer("best_of", 1, limits.MAX_CHOICES)
     if best_of not in (None, n):
         raise InvalidRequest(f"'best_of' ({best_of}) must equal 'n' ({n}).", param="best_of")
+    # Names the client's own customer: nothing here depends on it.
+    fields.string("user", limits.MAX_NAME_CHARS)
     seed = fields.integer("seed", -(2**63), 2**64 - 1)
     stream = bool(fields.boolean("stream"))
     return Call(
@@ -186,7 +187,6 @@ def _call(
         include_usage=_include_usage(fields, stream),
         echo=echo,
         top_logprobs=top_logprobs,
-        user=fields.string("user", limits.MAX_NAME_CHARS) or "",
     )
 
 

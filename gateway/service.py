@@ -8,6 +8,7 @@ import random
 import secrets
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Final, TypeVar
 
 from aiohttp import web
@@ -37,6 +38,7 @@ from weft.roster import Change, Roster
 from weft.service import Context
 from weft.settings import GatewaySettings
 from weft.subjects import Returned
+from weft.telemetry import totals
 
 log = logging.getLogger(__name__)
 M = TypeVar("M")
@@ -73,7 +75,7 @@ class GatewayService:
 
     async def start(self) -> None:
         bus, instance = self.bus, self._context.instance
-        await bus.on(subjects.gateway_all(instance), TokenFrame | StreamEvent | Claims, self._on_message)  # type: ignore[arg-type]
+        await bus.on(subjects.gateway_all(instance), TokenFrame | StreamEvent | Claims, self._on_message)  # type: ignore[arg-type]  # a union
         await bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_heartbeat)
         await bus.on_returned(self._on_returned)
         bus.on_reconnect.append(self._on_reconnect)
@@ -110,11 +112,9 @@ class GatewayService:
         return time.monotonic() - self._ticked_at < LIVE_S
 
     def stats(self) -> dict[str, float]:
-        stats = self.table.stats
-        return {
-            "requests_running": len(self.table),
-            "streams_running": self.table.num_streams,
-            **{f"{name}_total": getattr(stats, name) for name in stats.__slots__},
+        return totals(self.table.stats) | {
+            "requests_running": float(len(self.table)),
+            "streams_running": float(self.table.num_streams),
         }
 
     def snapshot(self) -> KvEvents | None:
@@ -147,7 +147,6 @@ class GatewayService:
                 prompt=prompt,
                 sampling=call.sampling,
                 choices=[],
-                tenant=tenant,
                 cache_salt=tenant,
                 stamps={"gateway": time.time()},
             )
@@ -175,11 +174,11 @@ class GatewayService:
             self._idle.set()
 
     def missing_roles(self) -> list[str]:
-        return self._missing_roles() or ([] if self.model_table.cards() else ["model"])
+        return self._absent_roles() or ([] if self.model_table.cards() else ["model"])
 
     # ---- the bus
 
-    def _missing_roles(self) -> list[str]:
+    def _absent_roles(self) -> list[str]:
         return [role for role in _NEEDED if not any(m.state == "ready" for m in self._roster.members(role))]
 
     def _send(self, message: GenerateRequest | Cancel) -> None:
@@ -239,7 +238,7 @@ class GatewayService:
                 self._on_reconnect()
             elif self.bus.connected:
                 self._follow(self._roster.expire(now))
-                self.table.tick(now, " and no ".join(self._missing_roles()))
+                self.table.tick(now, " and no ".join(self._absent_roles()))
             self._ticked_at = now
             await asyncio.sleep(TICK_S)
 
@@ -276,8 +275,14 @@ class GatewayService:
                 "ttft_s": round(ttft, 4) if ttft is not None else "",
                 "e2e_s": round(now - request.arrived_at, 4),
                 "epochs": request.epoch + 1,
+                **_hop_times(request.message.stamps),
             },
         )
+
+
+def _hop_times(stamps: Mapping[str, float]) -> dict[str, float]:
+    """When each hop handled the request, in seconds after its arrival: which of them was slow?"""
+    return {f"{hop}_s": round(at - stamps["gateway"], 4) for hop, at in stamps.items() if hop != "gateway"}
 
 
 def _as_returned(error: WeftError) -> WeftError:

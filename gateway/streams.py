@@ -12,7 +12,8 @@ has as a prefix. It follows whenever nobody can be trusted to go on with the req
 - a token is missing.
 
 A request that keeps finding a role absent waits for it up to `wait_for_role_s`; a recovered one that has no new token
-for `stall_s` fails; and one whose worker died under it `MAX_WORKER_DEATHS` times is taken to be the cause, and fails.
+for `stall_s` fails; and one whose worker died under it `MAX_WORKER_DEATHS` times, with hardly a token between, is taken
+to be the cause, and fails.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from weft.messages import (
 )
 
 MAX_WORKER_DEATHS: Final = 3
+# So many new tokens acquit a request of its worker's last death.
+PROGRESS_TOKENS: Final = 16
 FIRST_RETRY_S: Final = 0.1
 LAST_RETRY_S: Final = 1.0
 # A dead worker's requests are not all prefilled again at the same moment elsewhere.
@@ -89,7 +92,8 @@ class Request:
     recovering_since: float | None = None  # the first recovery since the last new token
     last_token_at: float | None = None
     first_token_at: float | None = None
-    worker_deaths: int = 0
+    worker_deaths: int = 0  # in a row
+    num_tokens_at_death: int = 0
     num_prompt_tokens: int = 0
     num_cached_tokens: int | None = None
 
@@ -276,7 +280,8 @@ class RequestTable:
             if request.submit_at is None and request.holder in (None, (role, instance))
         ]
         for number, request in enumerate(lost):
-            request.worker_deaths += role == "worker" and request.holder is not None
+            if role == "worker" and request.holder is not None:
+                self._count_death(request)
             self._recover(request, now, delay_s=number // RECOVERIES_AT_ONCE * RECOVERY_PAUSE_S)
         self._next_sequence = {key: value for key, value in self._next_sequence.items() if key[0] != instance}
 
@@ -342,9 +347,17 @@ class RequestTable:
         if not rest and self._forget(request):
             request.owner.on_ended(request)
 
+    @staticmethod
+    def _count_death(request: Request) -> None:
+        num_tokens = sum(len(stream.assembler.token_ids) for stream in request.streams)
+        if num_tokens - request.num_tokens_at_death >= PROGRESS_TOKENS:
+            request.worker_deaths = 0
+        request.worker_deaths += 1
+        request.num_tokens_at_death = num_tokens
+
     def _recover(self, request: Request, now: float, error: WeftError | None = None, *, delay_s: float = 0.0) -> None:
         if request.worker_deaths >= MAX_WORKER_DEATHS:
-            self._fail(request, WorkerLost(f"the workers of this request died {request.worker_deaths} times"))
+            self._fail(request, WorkerLost(f"the workers of this request died {request.worker_deaths} times in a row"))
             return
         if request.stuck_since is None:
             request.stuck_since = now

@@ -7,4 +7,4 @@ from weft.service import main
 from weft.settings import SchedulerSettings
 
 if __name__ == "__main__":
-    main(SchedulerSettings, lambda settings: settings.mesh, "scheduler", SchedulerService, prog="scheduler_svc")
+    main(SchedulerSettings, "scheduler", SchedulerService, prog="scheduler_svc")

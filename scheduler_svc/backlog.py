@@ -1,16 +1,12 @@
-"""The requests that wait here, by model and by id, and the cancels that came before their request. Pure."""
+"""The requests that wait here, by model and by id. Pure."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
 
 from scheduler_svc.policy.admit import new_tokens
 from scheduler_svc.policy.order import Fcfs, Waiting
-
-MAX_REMEMBERED_CANCELS: Final = 16_384
 
 
 @dataclass(slots=True)
@@ -76,19 +72,3 @@ class Backlog:
         """The request that goes next; None if none waits for the model."""
         queue = self._queues.get(model)
         return queue.order.head(now) if queue else None
-
-
-class Cancelled:
-    """The highest epoch cancelled of each request, for the last so many: a cancel may overtake what it is about."""
-
-    def __init__(self, max_remembered: int = MAX_REMEMBERED_CANCELS) -> None:
-        self._epochs: OrderedDict[str, int] = OrderedDict()
-        self._max_remembered = max_remembered
-
-    def remember(self, request_id: str, epoch: int) -> None:
-        self._epochs[request_id] = max(epoch, self._epochs.pop(request_id, epoch))
-        while len(self._epochs) > self._max_remembered:
-            self._epochs.popitem(last=False)
-
-    def covers(self, request_id: str, epoch: int) -> bool:
-        return self._epochs.get(request_id, -1) >= epoch

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final, Literal, assert_never
 
 import msgspec
@@ -21,20 +21,18 @@ from scheduler_svc.policy.order import ORDERS
 from scheduler_svc.policy.route import ROUTES
 from scheduler_svc.state import ClusterState
 from weft import subjects
-from weft.columns import pack_u32
 from weft.errors import Overloaded, PayloadTooLarge, WeftError
+from weft.holder import make_claims
 from weft.messages import (
     CLAIM_INTERVAL_S,
     HEARTBEAT_TIMEOUT_S,
     Assignment,
     Cancel,
-    Claims,
     Control,
     Declined,
     ErrorInfo,
     Heartbeat,
     KvEvents,
-    Message,
     StreamEvent,
     TokenizedRequest,
     WorkerStatus,
@@ -42,6 +40,7 @@ from weft.messages import (
 from weft.service import Context
 from weft.settings import SchedulerSettings
 from weft.subjects import Returned
+from weft.telemetry import totals
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,6 @@ class SchedulerCounters:
     prompt_blocks: int = 0  # of what was dispatched
     matched_blocks: int = 0  # of those, held by the worker chosen
     decide_s: float = 0.0  # spent on deciding
-    unsent: int = 0  # messages that the bus did not take
 
 
 class SchedulerService:
@@ -122,8 +120,7 @@ class SchedulerService:
         return True
 
     def stats(self) -> dict[str, float]:
-        numbers = {item.name: float(getattr(self._counters, item.name)) for item in fields(self._counters)}
-        return numbers | self._state.stats()
+        return totals(self._counters) | self._state.stats()
 
     def snapshot(self) -> KvEvents | None:
         return None
@@ -209,7 +206,6 @@ class SchedulerService:
                 reply=subjects.returned("scheduler", *hop),
             )
         except (Overloaded, PayloadTooLarge) as error:
-            self._counters.unsent += 1
             return self._state.on_returned(Returned(*hop[1:]), error, time.monotonic())
         self._counters.dispatched += 1
         self._counters.prompt_blocks += decision.num_prompt_blocks
@@ -240,12 +236,8 @@ class SchedulerService:
     # ---- news ----
 
     def _send_claims(self) -> None:
-        held: dict[str, list[TokenizedRequest]] = {}
-        for request in self._state.waiting():
-            held.setdefault(request.gateway, []).append(request)
-        for gateway, requests in held.items():
-            ids, epochs = [request.request_id for request in requests], [request.epoch for request in requests]
-            self._send(subjects.events(gateway), Claims("scheduler", self._instance, ids, pack_u32(epochs)))
+        for gateway, claims in make_claims("scheduler", self._instance, self._state.waiting()):
+            self._bus.tell(subjects.events(gateway), claims)
 
     def _send_event(
         self, request: TokenizedRequest, kind: Literal["queued", "rejected", "lost"], error: WeftError | None = None
@@ -260,12 +252,4 @@ class SchedulerService:
             num_prompt_tokens=request.num_prompt_tokens,
             stamps=request.stamps,
         )
-        self._send(subjects.events(request.gateway), event)
-
-    def _send(self, subject: str, message: Message) -> None:
-        """Queue news. What the bus does not take is as good as lost on the way, which the gateway notices."""
-        try:
-            self._bus.send(subject, message)
-        except (Overloaded, PayloadTooLarge) as error:
-            self._counters.unsent += 1
-            log.warning("message not sent", extra={"subject": subject, "error": error.message})
+        self._bus.tell(subjects.events(request.gateway), event)

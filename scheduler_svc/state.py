@@ -7,12 +7,11 @@ little. Nothing here is remembered beyond the process: workers, blocks and reque
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Final
 
 import msgspec
 
 from scheduler_svc.actions import Action, Decision, Dispatch, Dropped, Lost, Queued, Reject, WantSnapshot
-from scheduler_svc.backlog import Backlog, Cancelled
+from scheduler_svc.backlog import Backlog
 from scheduler_svc.block_index import NO_MATCH, BlockIndex
 from scheduler_svc.policy.admit import AdmitPolicy, BacklogView
 from scheduler_svc.policy.order import Fcfs, Waiting
@@ -21,6 +20,7 @@ from scheduler_svc.workers import InFlight, Worker
 from weft.columns import split_hashes, unpack_u32
 from weft.errors import InvalidRequest, InvariantViolation, Unavailable, WeftError
 from weft.hashing import HASH_BYTES
+from weft.holder import Cancelled, MissingGateways
 from weft.messages import (
     HEARTBEAT_TIMEOUT_S,
     Cancel,
@@ -32,9 +32,6 @@ from weft.messages import (
 )
 from weft.roster import Change, Roster
 from weft.subjects import Returned
-
-# A gateway that no heartbeat was ever heard of is given this long.
-MISSING_GATEWAY_S: Final = 2 * HEARTBEAT_TIMEOUT_S
 
 
 class ClusterState:
@@ -53,7 +50,7 @@ class ClusterState:
         self._backlog = Backlog(order)
         self._cancelled = Cancelled()
         self._in_flight: dict[tuple[str, int], str] = {}  # (request id, epoch) → worker
-        self._missing_since: dict[str, float] = {}  # gateways of waiting requests that have not been heard of
+        self._missing = MissingGateways(self._roster)
         self._num_schedulers = 1
         self._num_dispatches = 0
         self._next_ticket = 0
@@ -165,14 +162,14 @@ class ClusterState:
             unheard = self._roster.get("worker", worker.name) is None
             if unheard and now - worker.seen_at > HEARTBEAT_TIMEOUT_S:
                 actions += self._worker_gone(worker.name)
-        for gateway in self._missing_gateways(now):
+        for gateway in self._missing.find({request.gateway for request in self.waiting()}, now):
             actions += self._drop_gateway(gateway)
         return actions + self._pump_all(now)
 
     def forgive(self, now: float) -> None:
         """After this scheduler was cut off, or slept: the others' silence proves nothing."""
         self._roster.forgive(now)
-        self._missing_since.clear()
+        self._missing.forgive()
         for worker in self._workers.values():
             worker.seen_at = now
 
@@ -209,7 +206,7 @@ class ClusterState:
             "workers_with_room": float(sum(map(len, self._open.values()))),
             "schedulers": float(self._num_schedulers),
             "blocks": float(self._blocks.num_blocks),
-            "assignments_lost": float(self.num_lost),
+            "assignments_lost_total": float(self.num_lost),
         }
 
     def check(self) -> None:
@@ -406,13 +403,6 @@ class ClusterState:
                     self._cancelled.remember(*flight.key)
         waiting = [waiting.request for waiting in self._backlog if waiting.request.gateway == gateway]
         return [Dropped(self._backlog.remove(request.request_id).request, "gateway gone") for request in waiting]
-
-    def _missing_gateways(self, now: float) -> list[str]:
-        """A gateway that died before this scheduler first heard of it never leaves the roster."""
-        named = {request.gateway for request in self.waiting()}
-        missing = {gateway for gateway in named if self._roster.get("gateway", gateway) is None}
-        self._missing_since = {gateway: self._missing_since.get(gateway, now) for gateway in missing}
-        return [gateway for gateway, since in self._missing_since.items() if now - since > MISSING_GATEWAY_S]
 
 
 def _draining() -> Unavailable:

@@ -14,4 +14,4 @@ SWITCH_INTERVAL_S: Final = 0.0005
 
 if __name__ == "__main__":
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    main(TokenizerSettings, lambda settings: settings.mesh, "tokenizer", TokenizerService, prog="tokenizer_svc")
+    main(TokenizerSettings, "tokenizer", TokenizerService, prog="tokenizer_svc")

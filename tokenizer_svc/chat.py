@@ -7,7 +7,6 @@ or from special_tokens_map.json in older folders.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -17,12 +16,13 @@ from jinja2.environment import Template
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from tokenizer_svc.sandbox import TemplateEnvironment
+from weft import model_folder
 from weft.errors import InvalidRequest, SettingsError
 from weft.messages import ChatPrompt
 
-_MAX_DATE_FORMAT: Final = 256
+_MAX_DATE_FORMAT_CHARS: Final = 256
 # What a template's own refusal may say of itself.
-_MAX_REASON: Final = 500
+_MAX_REASON_CHARS: Final = 500
 
 
 class ChatTemplate:
@@ -56,13 +56,15 @@ class ChatTemplate:
         try:
             return self._template.render(variables)
         except TemplateError as error:
-            raise InvalidRequest(f"the chat template refused: {str(error)[:_MAX_REASON]}", param="messages") from error
+            raise InvalidRequest(
+                f"the chat template refused: {str(error)[:_MAX_REASON_CHARS]}", param="messages"
+            ) from error
         except (MemoryError, RecursionError) as error:
             raise InvalidRequest("the messages are too large for the chat template", param="messages") from error
         except Exception as error:
             # Whatever a template does to messages of a kind that its author did not think of.
             raise InvalidRequest(
-                f"the chat template failed on these messages: {type(error).__name__}: {str(error)[:_MAX_REASON]}",
+                f"the chat template failed on these messages: {type(error).__name__}: {str(error)[:_MAX_REASON_CHARS]}",
                 param="messages",
             ) from error
 
@@ -73,7 +75,7 @@ def load(folder: Path) -> ChatTemplate | None:
     Raises:
         SettingsError: a file cannot be read, the template does not compile, or none of several is the default.
     """
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_json_if_there(folder / "tokenizer_config.json")
     templates = _templates(folder, config)
     if not templates:
         return None
@@ -89,7 +91,7 @@ def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """`bos_token`, `eos_token` and so on, as a template names them."""
     named: dict[str, Any] = dict(config)
     if "added_tokens_decoder" not in config:
-        named |= _read_json(folder / "special_tokens_map.json")
+        named |= _read_json_if_there(folder / "special_tokens_map.json")
     extra = named.get("extra_special_tokens")
     named |= extra if isinstance(extra, dict) else {}
     tokens = {}
@@ -124,20 +126,12 @@ def _strftime(now: float) -> Callable[[str], str]:
     """`strftime_now` as of the request's arrival, so that a recovery renders the same prompt."""
 
     def strftime_now(form: str) -> str:
-        if len(form) > _MAX_DATE_FORMAT:
+        if len(form) > _MAX_DATE_FORMAT_CHARS:
             raise TemplateError("the date's format is too long")
         return datetime.fromtimestamp(now).strftime(form)
 
     return strftime_now
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise SettingsError(f"{path} is no JSON object")
-    return value
+def _read_json_if_there(path: Path) -> dict[str, Any]:
+    return model_folder.read_json(path) if path.exists() else {}

@@ -59,8 +59,6 @@ def to_tokenized(request: GenerateRequest, token_ids: bytes, model_digest: bytes
         block_hashes=b"".join(block_hashes(root, token_ids)),
         sampling=request.sampling,
         choices=request.choices,
-        tenant=request.tenant,
         cache_salt=request.cache_salt,
-        priority=request.priority,
         stamps={**request.stamps, "tokenizer": now},
     )

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
 from tokenizer_svc import chat, encode, prompt
@@ -19,12 +19,11 @@ from tokenizer_svc.chat import ChatTemplate
 from tokenizer_svc.encode import TextTokenizer
 from tokenizer_svc.render import DeadlineThreads
 from weft import limits, model_folder, subjects
-from weft.columns import pack_u32
 from weft.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, WeftError
+from weft.holder import make_claims
 from weft.messages import (
     CLAIM_INTERVAL_S,
     ChatPrompt,
-    Claims,
     DetokenizeQuery,
     DetokenizeReply,
     ErrorInfo,
@@ -47,6 +46,7 @@ from weft.model_folder import ModelFolder
 from weft.service import Context
 from weft.settings import TokenizerSettings
 from weft.subjects import Returned
+from weft.telemetry import totals
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,7 +72,6 @@ class TokenizerCounters:
     queries: int = 0
     prompt_tokens: int = 0
     templates_stopped: int = 0
-    unsent: int = 0  # messages that the bus did not take
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +135,7 @@ class TokenizerService:
         return self._renderers is None or self._renderers.is_live
 
     def stats(self) -> dict[str, float]:
-        numbers = {item.name: float(getattr(self._counters, item.name)) for item in fields(self._counters)}
-        return numbers | {
+        return totals(self._counters) | {
             "held_requests": float(len(self._held)),
             "held_chars": float(self._held_chars),
             "render_threads_given_up": float(self._renderers.num_given_up if self._renderers else 0),
@@ -281,12 +279,8 @@ class TokenizerService:
     async def _claim(self) -> None:
         while True:
             await asyncio.sleep(CLAIM_INTERVAL_S)
-            held: dict[str, list[GenerateRequest]] = {}
-            for request in self._held.values():
-                held.setdefault(request.gateway, []).append(request)
-            for gateway, requests in held.items():
-                ids, epochs = [request.request_id for request in requests], [request.epoch for request in requests]
-                self._send(subjects.events(gateway), Claims("tokenizer", self._instance, ids, pack_u32(epochs)))
+            for gateway, claims in make_claims("tokenizer", self._instance, self._held.values()):
+                self._bus.tell(subjects.events(gateway), claims)
 
     def _send_event(
         self,
@@ -295,15 +289,7 @@ class TokenizerService:
         error: ErrorInfo | None = None,
     ) -> None:
         event = StreamEvent(about.request_id, about.epoch, kind, "tokenizer", self._instance, error)
-        self._send(subjects.events(about.gateway), event)
-
-    def _send(self, subject: str, message: Message) -> None:
-        """Queue news. What the bus does not take is as good as lost on the way, which the gateway notices."""
-        try:
-            self._bus.send(subject, message)
-        except (Overloaded, PayloadTooLarge) as error:
-            self._counters.unsent += 1
-            log.warning("message not sent", extra={"subject": subject, "error": error.message})
+        self._bus.tell(subjects.events(about.gateway), event)
 
     # ---- helpers ----
 
@@ -335,9 +321,6 @@ def _card(model: Model) -> ModelCard:
     return ModelCard(
         model=folder.name,
         max_model_len=folder.max_model_len,
-        vocab_size=folder.vocab_size,
-        eos_token_ids=list(folder.eos_token_ids),
-        has_chat_template=model.template is not None,
         tokenizer_digest=model.tokenizer.digest,
         tokenizer_bytes=len(model.tokenizer.packed),
         created=model.created,

@@ -70,8 +70,6 @@ class Bus:
         self.on_reconnect: list[Callable[[], None]] = []
         # Called when nats-py gave up the connection for good, as it does on any error but a permission's.
         self.on_closed: list[Callable[[], None]] = []
-        # Called when the server dropped messages for us (we were too slow).
-        self.on_loss: list[Callable[[], None]] = []
         self._settings = settings
         self._client = Client()
         self._queue: deque[tuple[str, bytes, str]] = deque()
@@ -149,6 +147,16 @@ class Bus:
         self._queued_bytes += len(data)
         self._wake.set()
 
+    def tell(self, subject: str, message: Message, *, reply: str = "") -> None:
+        """`send` for what is as good as lost on the way if the bus does not take it: somebody else notices."""
+        try:
+            self.send(subject, message, reply=reply)
+        except Overloaded:
+            # Counted by `publish`. A line for each would be many while NATS is away.
+            log.debug("message not sent", extra={"subject": subject})
+        except PayloadTooLarge as error:
+            log.error("message not sent", extra={"subject": subject, "error": error.message})
+
     async def on(
         self,
         subject: str,
@@ -160,7 +168,7 @@ class Bus:
     ) -> None:
         """Call `handler` for every message on `subject`. What is no `expected` is counted, and refused if it can be.
 
-        Over `max_pending` unhandled messages nats-py drops the newest; then `on_loss` is called.
+        Over `max_pending` unhandled messages nats-py drops the newest, which `stats.slow_consumer` counts.
         """
 
         async def receive(msg: Msg) -> None:
@@ -184,7 +192,7 @@ class Bus:
                 # As in `flush`: nats-py's own drain would stop listening before the server has heard of it.
                 await self._client.flush(timeout=5)
                 await self._client.flush(timeout=5)
-                await subscription.drain()  # type: ignore[no-untyped-call]
+                await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py's is
 
     async def on_returned(self, handler: Callable[[Returned, WeftError], None]) -> None:
         """Call `handler` for every hop of ours that came back: nobody listened, or it was refused."""
@@ -220,10 +228,7 @@ class Bus:
                 self.stats.handler_errors += 1
                 log.exception("request handler failed", extra={"subject": subject})
                 answer = Refused(ErrorInfo("internal_error", "the service failed to answer"))
-            try:
-                self.send(to, answer)
-            except WeftError as error:
-                log.warning("answer not sent", extra={"subject": subject, "error": error.message})
+            self.tell(to, answer)
 
         async def receive(msg: Msg) -> None:
             message = self._decode(msg, expected)
@@ -332,7 +337,7 @@ class Bus:
             self.stats.decode_errors += 1
             log.warning("undecodable message", extra={"subject": msg.subject, "error": error.message})
             if msg.reply:
-                self.send(msg.reply, Refused(ErrorInfo.of(error)))
+                self.tell(msg.reply, Refused(ErrorInfo.of(error)))
             return None
 
     def _guard(self, handler: Callable[[M], None], message: M) -> None:
@@ -347,8 +352,6 @@ class Bus:
         # Awaited inside nats-py's read loop: must not wait for anything.
         if isinstance(error, nats.errors.SlowConsumerError):
             self.stats.slow_consumer += 1
-            for callback in self.on_loss:
-                callback()
         elif "permissions violation" in str(error).lower():
             self.stats.permission_denied += 1
             self._denied.append(str(error))

@@ -17,10 +17,9 @@ import aiohttp
 
 from weft import data_folder
 from weft.errors import NotFound, SettingsError, Unavailable, WeftError
+from weft.exit_status import complain
 from weft.settings import ChatSettings, load
 
-BAD_USAGE: Final = 2
-FAILED: Final = 1
 DEFAULT_URL: Final = "http://localhost:8000"
 # An answer may take long to begin and to end, so only silence is bounded.
 TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=300)
@@ -32,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
         with asyncio.Runner() as runner:
             return _converse(settings, runner)
     except WeftError as error:
-        sys.stderr.write(f"weft chat: {error.message}\n")
-        return BAD_USAGE if isinstance(error, SettingsError) else FAILED
+        return complain("weft chat", error)
 
 
 class Client:

@@ -1,4 +1,4 @@
-"""What the supervisor knows of one process that it keeps alive, and the words for what happens to it. Pure."""
+"""What the supervisor knows of one process that it keeps alive, and the words for what happens to it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from weft.errors import WeftError
 from weft.messages import Role
 
 FIRST_DELAY_S: Final = 0.1
@@ -53,7 +54,7 @@ class News:
     kind: Literal["ready", "trouble"]
 
 
-class StartFailed(Exception):
+class StartFailed(WeftError):
     """A child died again and again before it was ever ready; the message says which and how."""
 
 

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-BAD_USAGE: Final = 2
-INTERRUPTED: Final = 130
+from weft.exit_status import BAD_SETTINGS, INTERRUPTED
 
 # Command → what it does, and the `module:function` that does it: arguments in, exit status out.
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
@@ -39,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `weft {close[0]}`?" if close else "see `weft --help`"
         sys.stderr.write(f"weft: no command {name!r}; {hint}\n")
-        return BAD_USAGE
+        return BAD_SETTINGS
     try:
         status = _command(name)(argv[1:])
         sys.stdout.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import sys
 from array import array
 from collections.abc import Iterable
@@ -42,11 +41,6 @@ def unpack_f32(data: bytes) -> list[float]:
     if _SWAP:
         column.byteswap()
     return column.tolist()
-
-
-def last_u32(data: bytes) -> int:
-    """The last value of a column that is not empty."""
-    return int(struct.unpack_from("<I", data, len(data) - 4)[0])
 
 
 def split_hashes(data: bytes) -> list[bytes]:

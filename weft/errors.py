@@ -9,7 +9,6 @@
     ├── Overloaded           429  admission said no; `retry_after_s` says when to come back
     ├── Unavailable          503  a role that the request needs is not there
     ├── DeadlineExceeded     504  a stated deadline passed
-    ├── Aborted              499  the client went away, or an operator stopped the request
     ├── WorkerLost           500  the request took too many workers with it
     ├── DecodeError          500  bytes on the bus that are no message of ours
     ├── SettingsError          -  a bad setting or model folder; the process exits with status 2
@@ -80,11 +79,6 @@ class DeadlineExceeded(WeftError):
     http_status = 504
 
 
-class Aborted(WeftError):
-    code = "aborted"
-    http_status = 499
-
-
 class WorkerLost(WeftError):
     code = "worker_lost"
 
@@ -112,7 +106,6 @@ _BY_CODE: dict[str, type[WeftError]] = {
         Overloaded,
         Unavailable,
         DeadlineExceeded,
-        Aborted,
         WorkerLost,
         DecodeError,
         SettingsError,

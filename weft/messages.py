@@ -18,9 +18,6 @@ from weft.errors import WeftError, from_code
 
 VERSION: Final = 1
 
-RequestId = NewType("RequestId", str)
-InstanceId = NewType("InstanceId", str)
-TokenId = NewType("TokenId", int)
 # 16 bytes of blake2b over a block's tokens and everything before them: see `hashing.py`.
 BlockHash = NewType("BlockHash", bytes)
 
@@ -139,10 +136,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=1, tag_field="t", forbid_
     prompt: Prompt
     sampling: SamplingParams
     choices: Annotated[list[Choice], Meta(min_length=1, max_length=limits.MAX_CHOICES)]
-    tenant: Name = ""
     # Part of every block hash: two requests share cached blocks only if their salts are equal.
     cache_salt: Name = ""
-    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0  # lower is sooner
     stamps: Stamps = {}  # when each hop handled the request
     v: Literal[1] = 1
 
@@ -161,9 +156,7 @@ class TokenizedRequest(msgspec.Struct, frozen=True, tag=2, tag_field="t", forbid
     block_hashes: BlockHashes
     sampling: SamplingParams
     choices: Annotated[list[Choice], Meta(min_length=1, max_length=limits.MAX_CHOICES)]
-    tenant: Name = ""
     cache_salt: Name = ""
-    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
     stamps: Stamps = {}
     v: Literal[1] = 1
 
@@ -186,11 +179,10 @@ class Assignment(msgspec.Struct, frozen=True, tag=3, tag_field="t", forbid_unkno
 
 
 class Declined(msgspec.Struct, frozen=True, tag=4, tag_field="t", forbid_unknown_fields=True):
-    """A worker without room hands an assignment back, on `subjects.declined(scheduler)`."""
+    """A worker without room, or one that drains, hands an assignment back, on `subjects.declined(scheduler)`."""
 
     request: TokenizedRequest
     worker: Id
-    reason: Literal["full", "draining"]
     v: Literal[1] = 1
 
 
@@ -231,7 +223,6 @@ class TokenFrame(msgspec.Struct, frozen=True, tag=5, tag_field="t", forbid_unkno
     token_ids: TokenIds
     logprobs: list[RowLogprobs] = []
     errors: dict[U32, ErrorInfo] = {}  # by row
-    sent_at: Seconds = 0.0
     v: Literal[1] = 1
 
     def __post_init__(self) -> None:
@@ -328,11 +319,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, tag=9, tag_field="t", forbid_unk
     num_waiting_tokens: U53  # tokens still to be prefilled
     num_blocks: U32
     num_free_blocks: U32  # free or only cached
-    block_size: U32
-    max_model_len: U53
     accepted: Annotated[dict[Id, U53], Meta(max_length=1024)]
     kv_sequence: U53  # of the last KvEvents sent
-    num_steps: U53
     prefill_tokens_per_s: Seconds = 0.0  # measured; 0 = not yet
     decode_tokens_per_s: Seconds = 0.0
     v: Literal[1] = 1
@@ -357,7 +345,7 @@ class KvEvents(msgspec.Struct, frozen=True, tag=10, tag_field="t", forbid_unknow
 class Heartbeat(msgspec.Struct, frozen=True, tag=11, tag_field="t", forbid_unknown_fields=True):
     """I am here, on `subjects.alive(role, instance)`, twice a second. The supervisor sends `dead` for a dead child.
 
-    `epoch` tells one life of an instance from the next (nanoseconds at its start).
+    `epoch` tells one life of an instance from the next (microseconds at its start).
     """
 
     role: Role
@@ -398,8 +386,7 @@ class BlockData(msgspec.Struct, frozen=True, tag=15, tag_field="t", forbid_unkno
     v: Literal[1] = 1
 
     def __post_init__(self) -> None:
-        if not len(self.keys) == 16 * len(self.blocks) == 4 * len(self.checksums):
-            raise ValueError("keys, blocks and checksums differ")
+        _check_blocks(self.keys, self.blocks, self.checksums)
 
 
 class BlockPut(msgspec.Struct, frozen=True, tag=16, tag_field="t", forbid_unknown_fields=True):
@@ -411,8 +398,12 @@ class BlockPut(msgspec.Struct, frozen=True, tag=16, tag_field="t", forbid_unknow
     v: Literal[1] = 1
 
     def __post_init__(self) -> None:
-        if not len(self.keys) == 16 * len(self.blocks) == 4 * len(self.checksums):
-            raise ValueError("keys, blocks and checksums differ")
+        _check_blocks(self.keys, self.blocks, self.checksums)
+
+
+def _check_blocks(keys: bytes, blocks: list[bytes], checksums: bytes) -> None:
+    if not len(keys) == 16 * len(blocks) == 4 * len(checksums):
+        raise ValueError("keys, blocks and checksums differ")
 
 
 # ---- 11 operator → service (request / reply) ------------------------------------------------------------------------
@@ -421,18 +412,16 @@ class BlockPut(msgspec.Struct, frozen=True, tag=16, tag_field="t", forbid_unknow
 class Control(msgspec.Struct, frozen=True, tag=17, tag_field="t", forbid_unknown_fields=True):
     """Ask one instance to do something, on `subjects.control(role, instance)`; answered by ControlReply.
 
-    `ping` answers with the state; `drain` starts the drain that SIGTERM starts; `kv_snapshot` is answered by a
-    KvEvents; `stats` answers with the service's counters.
+    `drain` starts the drain that SIGTERM starts; `kv_snapshot` is answered by a KvEvents; `stats` answers with the
+    service's counters.
     """
 
-    verb: Literal["ping", "drain", "kv_snapshot", "stats"]
+    verb: Literal["drain", "kv_snapshot", "stats"]
     v: Literal[1] = 1
 
 
 class ControlReply(msgspec.Struct, frozen=True, tag=18, tag_field="t", forbid_unknown_fields=True):
-    ok: bool
     state: State
-    error: ErrorInfo | None = None
     stats: dict[Name, float] = {}
     v: Literal[1] = 1
 
@@ -452,9 +441,6 @@ class ModelCard(msgspec.Struct, frozen=True, tag=20, tag_field="t", forbid_unkno
 
     model: Name
     max_model_len: U53
-    vocab_size: U32
-    eos_token_ids: list[U32]
-    has_chat_template: bool
     tokenizer_digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
     tokenizer_bytes: U53
     created: Seconds
@@ -474,7 +460,6 @@ class TokenizerFetch(msgspec.Struct, frozen=True, tag=21, tag_field="t", forbid_
 class TokenizerPiece(msgspec.Struct, frozen=True, tag=22, tag_field="t", forbid_unknown_fields=True):
     offset: U53
     data: Data
-    error: ErrorInfo | None = None
     v: Literal[1] = 1
 
 
@@ -489,7 +474,6 @@ class TokenizeQuery(msgspec.Struct, frozen=True, tag=23, tag_field="t", forbid_u
 class TokenizeReply(msgspec.Struct, frozen=True, tag=24, tag_field="t", forbid_unknown_fields=True):
     token_ids: TokenIds
     max_model_len: U53
-    error: ErrorInfo | None = None
     v: Literal[1] = 1
 
 
@@ -503,7 +487,6 @@ class DetokenizeQuery(msgspec.Struct, frozen=True, tag=25, tag_field="t", forbid
 
 class DetokenizeReply(msgspec.Struct, frozen=True, tag=26, tag_field="t", forbid_unknown_fields=True):
     text: Text
-    error: ErrorInfo | None = None
     v: Literal[1] = 1
 
 

@@ -45,8 +45,8 @@ def read(settings: ModelSettings) -> ModelFolder:
         SettingsError: no such folder or model, or a config that lacks or contradicts something.
     """
     path = locate(settings.model)
-    config = _read_json(path / "config.json")
-    generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
+    config = read_json(path / "config.json")
+    generation = read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
     context = _positive(config, "max_position_embeddings", path)
     wanted = settings.max_model_len
     if wanted > context:
@@ -127,7 +127,8 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises SettingsError, which names the file, if it holds no JSON object."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

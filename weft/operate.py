@@ -15,12 +15,11 @@ from typing import Final, TypeVar
 from weft import data_folder, subjects
 from weft.bus import Bus
 from weft.errors import SettingsError, WeftError
+from weft.exit_status import complain
 from weft.messages import HEARTBEAT_INTERVAL_S, Control, ControlReply, Heartbeat, WorkerStatus
 from weft.roster import Member, Roster
 from weft.settings import MeshSettings, OperatorSettings, load
 
-BAD_USAGE: Final = 2
-FAILED: Final = 1
 # Everybody has been heard by then.
 LISTEN_S: Final = 2.5 * HEARTBEAT_INTERVAL_S
 REDRAW_S: Final = 0.5
@@ -36,7 +35,7 @@ def top(argv: Sequence[str]) -> int:
         settings = load(OperatorSettings, argv, os.environ, prog="weft top")
         asyncio.run(_top(settings))
     except WeftError as error:
-        return _complain("weft top", error)
+        return complain("weft top", error)
     return 0
 
 
@@ -50,7 +49,7 @@ def drain(argv: Sequence[str]) -> int:
         load(OperatorSettings, argv, os.environ, prog="weft drain INSTANCE")
         raise SettingsError("which instance? `weft top` lists them: weft drain INSTANCE")
     except WeftError as error:
-        return _complain("weft drain", error)
+        return complain("weft drain", error)
 
 
 class Observer:
@@ -180,8 +179,3 @@ def _bus(settings: OperatorSettings) -> Bus:
             startup_s=5.0,
         )
     return Bus(mesh, "supervisor", f"operator-{os.getpid()}")
-
-
-def _complain(prog: str, error: WeftError) -> int:
-    sys.stderr.write(f"{prog}: {error.message}\n")
-    return BAD_USAGE if isinstance(error, SettingsError) else FAILED

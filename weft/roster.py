@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from weft.messages import HEARTBEAT_TIMEOUT_S, Heartbeat, Role, State
 
@@ -21,7 +22,7 @@ class Member:
 class Change:
     """`joined`: a new life of an instance; `left`: that life is over; `changed`: state or models."""
 
-    kind: str
+    kind: Literal["joined", "left", "changed"]
     member: Member
 
 

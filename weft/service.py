@@ -7,7 +7,6 @@ A service is an object with `start`, `drain` and `stop`; `main` does the rest, t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -25,12 +24,22 @@ from prometheus_client.registry import Collector
 
 from weft import subjects, telemetry
 from weft.bus import Bus
-from weft.errors import Overloaded, SettingsError, Unavailable, WeftError
+from weft.errors import SettingsError, Unavailable
+from weft.exit_status import complain
 from weft.messages import HEARTBEAT_INTERVAL_S, Control, ControlReply, Heartbeat, KvEvents, Role, State
 from weft.settings import MeshSettings, load
 
 log = logging.getLogger(__name__)
-S = TypeVar("S")
+
+
+class RoleSettings(Protocol):
+    """The settings of any role."""
+
+    @property
+    def mesh(self) -> MeshSettings: ...
+
+
+S = TypeVar("S", bound=RoleSettings)
 
 
 class Service(Protocol):
@@ -82,11 +91,10 @@ class Context:
 
     def beat(self, models: list[str]) -> None:
         """Send one heartbeat now; while the bus is full it is as good as missed."""
-        with contextlib.suppress(Overloaded):
-            self.bus.send(
-                subjects.alive(self.role, self.instance),
-                Heartbeat(self.role, self.instance, self.epoch, self.state, models),
-            )
+        self.bus.tell(
+            subjects.alive(self.role, self.instance),
+            Heartbeat(self.role, self.instance, self.epoch, self.state, models),
+        )
 
     def stop(self) -> None:
         """Begin the end."""
@@ -168,7 +176,6 @@ async def run(context: Context, service: Service) -> None:
 
 def main(
     settings_class: type[S],
-    mesh_of: Callable[[S], MeshSettings],
     role: Role,
     make: Callable[[S, Context], Service],
     *,
@@ -179,8 +186,8 @@ def main(
     try:
         settings = load(settings_class, sys.argv[1:] if argv is None else argv, os.environ, prog=prog)
     except SettingsError as error:
-        sys.exit(_complain(prog, error))
-    mesh = mesh_of(settings)
+        sys.exit(complain(prog, error))
+    mesh = settings.mesh
 
     async def body() -> None:
         context = Context(role, mesh)
@@ -189,16 +196,8 @@ def main(
 
     try:
         uvloop.run(body())
-    except SettingsError as error:
-        sys.exit(_complain(prog, error))
-    except Unavailable as error:
-        _complain(prog, error)
-        sys.exit(1)
-
-
-def _complain(prog: str, error: WeftError) -> int:
-    sys.stderr.write(f"{prog}: {error.message}\n")
-    return 2
+    except (SettingsError, Unavailable) as error:
+        sys.exit(complain(prog, error))
 
 
 def _catch_signals(context: Context) -> None:
@@ -236,12 +235,12 @@ async def _answer_control(context: Context, service: Service) -> None:
             case "drain":
                 context.stop()
             case "stats":
-                return ControlReply(True, context.state, stats=service.stats())
+                return ControlReply(context.state, service.stats())
             case "kv_snapshot":
                 snapshot = service.snapshot()
                 if snapshot is not None:
                     return snapshot
-        return ControlReply(True, context.state)
+        return ControlReply(context.state)
 
     await context.bus.answer(subjects.control(context.role, context.instance), Control, on_control)
 
@@ -254,12 +253,11 @@ class _BusCollector(Collector):
         self._service = service
 
     def collect(self) -> list[Metric]:
-        stats = self._context.bus.stats
-        families: list[Metric] = [
-            CounterMetricFamily(f"weft_bus_{name}", f"Bus counter: {name}.", value=getattr(stats, name))
-            for name in stats.__slots__
+        found = telemetry.totals(self._context.bus.stats, "bus_")
+        found |= {f"{self._context.role}_{name}": value for name, value in self._service.stats().items()}
+        return [
+            (CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily)(
+                f"weft_{name}", f"{name.replace('_', ' ')}.", value=value
+            )
+            for name, value in found.items()
         ]
-        for name, value in self._service.stats().items():
-            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            families.append(family(f"weft_{self._context.role}_{name}", f"{name}.", value=value))
-        return families

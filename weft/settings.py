@@ -16,10 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
+from weft import limits
 from weft.errors import SettingsError
 
 T = TypeVar("T")
 PREFIX = "WEFT_"
+# Headings in `--help`, where the attribute's name does not say it.
+_GROUPS = {"mesh": "joining the mesh"}
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -50,15 +53,32 @@ def setting(
 class MeshSettings:
     """What every service needs to join the mesh."""
 
-    nats_url: str = setting("nats://127.0.0.1:4222", "Where NATS listens; a comma-separated list for a cluster.")
-    nats_user: str = setting("", "NATS user of this role; empty for a server without accounts.")
+    nats_url: str = setting(
+        "nats://127.0.0.1:4222",
+        "Where NATS listens, on another machine or port say; a comma-separated list for a cluster.",
+    )
+    nats_user: str = setting("", "NATS user of this role, where the server has accounts.")
     nats_password: str = setting("", "Password of that user.", secret=True)
-    instance: str = setting("", "Name of this instance on the bus; made up if empty.")
-    startup_s: float = setting(30.0, "How long to wait for NATS at start before giving up.", ge=0.1)
-    drain_s: float = setting(30.0, "How long running requests may go on after SIGTERM.", ge=0)
-    metrics_port: int = setting(0, "Port of /metrics, /live and /ready of this process; 0 for none.", ge=0, le=65535)
-    metrics_host: str = setting("127.0.0.1", "Address that /metrics, /live and /ready listen on.")
-    log_level: str = setting("info", "Least level that is logged.", choices=("debug", "info", "warning", "error"))
+    instance: str = setting("", "Name of this instance on the bus, to tell it by in logs; made up if empty.")
+    startup_s: float = setting(
+        30.0, "Seconds to wait for NATS at start before giving up; more where NATS starts later.", ge=0.1
+    )
+    drain_s: float = setting(
+        30.0,
+        "Seconds that running requests may go on after SIGTERM; less than what the platform waits before it kills.",
+        ge=0,
+    )
+    metrics_port: int = setting(
+        0, "Port of /metrics, /live and /ready of this process, for Prometheus and probes; 0 for none.", ge=0, le=65535
+    )
+    metrics_host: str = setting(
+        "127.0.0.1", "Address that /metrics, /live and /ready listen on; 0.0.0.0 to scrape from other machines."
+    )
+    log_level: str = setting(
+        "info",
+        "Least level that is logged; debug to follow single requests.",
+        choices=("debug", "info", "warning", "error"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,83 +88,140 @@ class ModelSettings:
     model: str = setting("tales-6m", "Model folder, Hugging Face name, or the name of a bundled model.")
     served_name: str = setting("", "Name that clients use; the folder's or repository's last part if empty.")
     max_model_len: int = setting(
-        0, "Longest prompt plus completion, in tokens; 0 for what the model was made for.", ge=0
+        0, "Longest prompt plus completion, in tokens, to bound what one request may take; 0 for the model's own.", ge=0
     )
 
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
+    """Serve the OpenAI API over HTTP, and own every stream."""
+
     mesh: MeshSettings
-    host: str = setting("127.0.0.1", "Address that the HTTP server listens on.")
+    host: str = setting("127.0.0.1", "Address that the HTTP server listens on; 0.0.0.0 to serve other machines.")
     port: int = setting(8000, "Port that the HTTP server listens on; 0 for any free one.", ge=0, le=65535)
     api_keys_file: str = setting("", "File with `tenant:sha256-of-key` lines; without one, no key is asked for.")
-    max_inflight: int = setting(4096, "Requests held at once; more are answered 429.", ge=1)
-    max_body_size: int = setting(8 * 2**20, "Largest request body.", size=True, ge=1024, le=8 * 2**20)
+    max_inflight: int = setting(
+        4096, "Requests held at once, to bound the gateway's memory; more are answered 429.", ge=1
+    )
+    max_body_size: int = setting(
+        limits.MAX_BODY_BYTES,
+        "Largest request body, to bound what one call may cost.",
+        size=True,
+        ge=1024,
+        le=limits.MAX_BODY_BYTES,
+    )
     slow_reader_size: int = setting(
-        2**20, "Unread bytes of one stream at which its client is cut off.", size=True, ge=4096
+        2**20,
+        "Unread bytes of one stream at which its client is cut off, to bound what slow readers cost.",
+        size=True,
+        ge=4096,
     )
     wait_for_role_s: float = setting(
-        30.0, "How long a request waits for a missing role (one that restarts, say) before it gets a 503.", ge=0
+        30.0,
+        "Seconds that a request waits for a missing role before it gets a 503; longer than a worker takes to start.",
+        ge=0,
     )
-    stall_s: float = setting(120.0, "A recovered stream that still has no new token after this long fails.", ge=1)
+    stall_s: float = setting(
+        120.0,
+        "Seconds without a new token after which a recovered stream fails; longer than the longest prefill takes.",
+        ge=1,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSettings:
+    """Turn the prompts of one model into token ids."""
+
     mesh: MeshSettings
     model: ModelSettings
-    template_deadline_s: float = setting(1.0, "Longest time that rendering a chat template may take.", ge=0.01)
-    tokenizer_threads: int = setting(
-        1, "Threads for prompts too long to tokenize between two other requests.", ge=1, le=64
+    template_deadline_s: float = setting(
+        1.0, "Seconds that rendering a chat template may take; more for templates known to be slow.", ge=0.01
     )
+    tokenizer_threads: int = setting(1, "Threads for long prompts; more where many of them come at once.", ge=1, le=64)
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
+    """Decide whether, when and where requests run."""
+
     mesh: MeshSettings
-    admit: str = setting("bounded", "Admission policy: whether a request is taken.", choices=("open", "bounded"))
-    order: str = setting("fcfs", "Order policy: which waiting request goes next.", choices=("fcfs",))
+    admit: str = setting("bounded", "Whether a request is taken; open for benchmarks.", choices=("open", "bounded"))
+    order: str = setting("fcfs", "Which waiting request goes next.", choices=("fcfs",))
     route: str = setting(
-        "prefix_aware", "Route policy: which worker gets it.", choices=("least_loaded", "prefix_aware", "round_robin")
+        "prefix_aware",
+        "Which worker gets a request; another than prefix_aware where prompts share nothing.",
+        choices=("least_loaded", "prefix_aware", "round_robin"),
     )
-    max_queued_requests: int = setting(2048, "Requests in the backlog before new ones get 429.", ge=1)
-    max_queued_tokens: int = setting(4_000_000, "Prompt tokens in the backlog before new ones get 429.", ge=1)
+    max_queued_requests: int = setting(
+        2048,
+        "Requests of a model that may wait before new ones get 429; fewer to refuse early, more to ride out bursts.",
+        ge=1,
+    )
+    max_queued_tokens: int = setting(
+        4_000_000, "Tokens of a model that may wait for prefill before new requests get 429.", ge=1
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
+    """Run one replica of a model."""
+
     mesh: MeshSettings
     model: ModelSettings
-    engine: str = setting("torch", "`null` emits tokens at a given pace without a model.", choices=("torch", "null"))
-    device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting(
-        "auto", "Type of weights and KV; auto is float32 on CPU.", choices=("auto", "float32", "bfloat16", "float16")
+    engine: str = setting(
+        "torch",
+        "`null` emits tokens at a given pace without a model, to load the mesh itself.",
+        choices=("torch", "null"),
     )
-    threads: int = setting(0, "CPU threads of the model; 0 leaves the mesh its share.", ge=0, le=1024)
-    kv_memory: int = setting(2**29, "Memory for KV blocks.", size=True, ge=2**16)
-    max_num_seqs: int = setting(64, "Sequences that run at once.", ge=1, le=65536)
-    max_num_batched_tokens: int = setting(256, "Tokens that one step computes at most.", ge=1)
-    batching: str = setting("chunked", "Batching policy of the engine.", choices=("chunked", "static"))
-    prefix_cache: bool = setting(True, "Keep and reuse the KV blocks of finished requests.")
-    kv_offload: bool = setting(True, "Send full blocks to the cache service.")
+    device: str = setting(
+        "auto", "Where the model runs; auto is a GPU if there is one.", choices=("auto", "cpu", "cuda")
+    )
+    dtype: str = setting(
+        "auto",
+        "Type of weights and KV; auto is float32 on a CPU, elsewhere the model's own.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    threads: int = setting(
+        0, "CPU threads of the model; 0 for all cores but a share for the rest of the mesh.", ge=0, le=1024
+    )
+    kv_memory: int = setting(
+        2**29, "Memory for KV blocks: more holds more and longer requests, and more prefixes.", size=True, ge=2**16
+    )
+    max_num_seqs: int = setting(
+        64, "Sequences that run at once: more for throughput, fewer for each stream's pace.", ge=1, le=65536
+    )
+    max_num_batched_tokens: int = setting(
+        256, "Tokens that one step computes at most: fewer keep streams smooth while long prompts are read.", ge=1
+    )
+    batching: str = setting(
+        "chunked",
+        "How sequences join a running batch; static is the baseline of benchmarks.",
+        choices=("chunked", "static"),
+    )
+    prefix_cache: bool = setting(True, "Keep and reuse the KV blocks of finished requests; false to measure without.")
+    kv_offload: bool = setting(True, "Send full blocks to the cache service; false where no prompts come back.")
     kv_load: str = setting(
         "auto",
-        "Load blocks from the cache service: when faster than computing them, always, or never.",
+        "Load blocks from the cache service: when that looks faster than computing them, always, or never.",
         choices=("auto", "always", "never"),
     )
     engine_stall_s: float = setting(
-        20.0, "A worker whose engine makes no step for this long counts as dead; longer than a step can take.", ge=0.1
+        20.0, "Seconds without a step after which a worker counts as dead; longer than a step can take.", ge=0.1
     )
-    null_tokens_per_s: float = setting(30.0, "Pace of each stream of the null engine.", ge=0.001)
-    null_first_token_s: float = setting(0.0, "Time to the first token of the null engine.", ge=0)
+    null_tokens_per_s: float = setting(30.0, "Tokens a second of each stream of the null engine.", ge=0.001)
+    null_first_token_s: float = setting(0.0, "Seconds to the first token of the null engine.", ge=0)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
+    """Keep KV blocks beyond any worker's memory and life: one shard of the cache."""
+
     mesh: MeshSettings
-    memory_size: int = setting(256 * 2**20, "Memory tier's budget.", size=True, ge=0)
-    disk_size: int = setting(2**30, "Disk tier's budget.", size=True, ge=0)
-    disk_path: str = setting("", "Folder of the disk tier; empty for none.")
+    memory_size: int = setting(256 * 2**20, "Memory for blocks; as much as the machine can spare.", size=True, ge=0)
+    disk_size: int = setting(2**30, "Disk space for blocks; as much as the disk can spare.", size=True, ge=0)
+    disk_path: str = setting(
+        "", "Folder for blocks on disk, on a fast one; if empty none, or with `weft up` the data folder."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +236,7 @@ class UpSettings:
     scheduler: SchedulerSettings
     worker: WorkerSettings
     cache: CacheSettings
-    workers: int = setting(1, "Worker processes.", ge=0, le=256)
+    workers: int = setting(1, "Worker processes; one for each GPU, or a few to share the cores.", ge=0, le=256)
     data_path: str = setting("", "Folder for logs, run-time files and the cache's disk tier; ~/.cache/weft if empty.")
     verbose: bool = setting(False, "Show the log lines of all processes, which go to files in any case.")
     nats_url: str = setting("", "NATS server or cluster to join; empty to start one of its own.")
@@ -329,6 +406,7 @@ def _parser(cls: type, settings: Sequence[Declared], prog: str) -> argparse.Argu
     doc = (cls.__doc__ or "").strip() if not (cls.__doc__ or "").startswith(cls.__name__ + "(") else ""
     parser = _Parser(
         prog=prog,
+        usage="%(prog)s [OPTIONS]",
         description=doc,
         allow_abbrev=False,
         epilog="Every flag can be given as an environment variable: WEFT_ and its name in capitals.",
@@ -340,11 +418,11 @@ def _parser(cls: type, settings: Sequence[Declared], prog: str) -> argparse.Argu
         if item.metadata["secret"] or item.name in seen:
             continue
         seen.add(item.name)
-        title = item.path[-2] if len(item.path) > 1 else "settings"
+        title = _GROUPS.get(item.path[-2], item.path[-2]) if len(item.path) > 1 else "settings"
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         given = item.default not in ("", None)
-        shown = item.metadata["help"] + (f" (default: {item.default!r})" if given else "")
+        shown = item.metadata["help"] + (f" (default: {_show(item)})" if given else "")
         groups[title].add_argument(
             item.flag,
             dest=item.name,
@@ -355,6 +433,17 @@ def _parser(cls: type, settings: Sequence[Declared], prog: str) -> argparse.Argu
             const="true" if item.type is bool else None,
         )
     return parser
+
+
+def _show(item: Declared) -> str:
+    """A default as a user would write it."""
+    if item.type is bool:
+        return str(item.default).lower()
+    if item.metadata["size"]:
+        for unit, suffix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+            if item.default and item.default % unit == 0:
+                return f"{item.default // unit}{suffix}"
+    return f"{item.default:g}" if item.type is float else str(item.default)
 
 
 def _metavar(item: Declared) -> str:

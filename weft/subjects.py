@@ -9,9 +9,9 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from weft.messages import Role
+from weft.messages import VERSION, Role
 
-PREFIX = "weft.v1"
+PREFIX = f"weft.v{VERSION}"
 CANCEL = f"{PREFIX}.cancel"
 ALIVE_ALL = f"{PREFIX}.alive.>"
 STATUS_ALL = f"{PREFIX}.status.*"
@@ -176,7 +176,7 @@ PERMISSIONS: dict[Role, Permissions] = {
     ),
     "cache": _common(
         "cache",
-        publish=(f"{PREFIX}.kv.*", _inbox("worker"), _inbox("supervisor")),
+        publish=(_inbox("worker"), _inbox("supervisor")),
         subscribe=(f"{PREFIX}.cache.*",),
     ),
     "supervisor": _common(

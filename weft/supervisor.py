@@ -25,7 +25,8 @@ from weft import nats_config, subjects
 from weft.bus import Bus
 from weft.child import Child, ChildSpec, News, StartFailed, describe_status, restart_delay
 from weft.data_folder import DataFolder
-from weft.errors import Overloaded, SettingsError, WeftError
+from weft.errors import SettingsError, WeftError
+from weft.exit_status import BAD_SETTINGS
 from weft.messages import Control, ControlReply, Heartbeat, Role
 from weft.settings import MeshSettings
 
@@ -42,7 +43,6 @@ MAX_START_FAILURES: Final = 5
 # Children have nothing left to do once the gateway has drained.
 END_S: Final = 10.0
 MAX_LOG_BYTES: Final = 64 * 2**20
-BAD_SETTINGS: Final = 2
 NATS: Final = "nats"
 
 
@@ -206,11 +206,10 @@ class Supervisor:
         if child.epoch is None or child.spec.role is None or self._bus is None:
             return
         child.past_epoch = child.epoch
-        with contextlib.suppress(Overloaded):
-            self._bus.send(
-                subjects.alive(child.spec.role, child.spec.name),
-                Heartbeat(child.spec.role, child.spec.name, child.epoch, "dead"),
-            )
+        self._bus.tell(
+            subjects.alive(child.spec.role, child.spec.name),
+            Heartbeat(child.spec.role, child.spec.name, child.epoch, "dead"),
+        )
 
     def _judge(self, child: Child, status: int) -> float:
         """What to make of a child's end: the delay before its next life. Raises what ends everything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -38,6 +39,11 @@ def start_logging(level: str, instance: str) -> None:
     handler.setFormatter(FieldFormatter(instance))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("nats").setLevel(logging.CRITICAL)
+
+
+def totals(counters: Any, prefix: str = "") -> dict[str, float]:
+    """A dataclass of counters under the names of metrics, which end in `_total` for what only grows."""
+    return {f"{prefix}{item.name}_total": float(getattr(counters, item.name)) for item in dataclasses.fields(counters)}
 
 
 class _QuietHandler(WSGIRequestHandler):

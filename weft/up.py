@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from weft import data_folder, model_folder, subjects
-from weft.child import ChildSpec, StartFailed
+from weft.child import ChildSpec
 from weft.data_folder import DataFolder, RunFile
 from weft.errors import SettingsError, WeftError
+from weft.exit_status import INTERRUPTED, complain
 from weft.messages import Role
 from weft.model_folder import ModelFolder
 from weft.settings import PREFIX, UpSettings, load, to_environ
@@ -34,9 +36,6 @@ from weft.status_view import View, make_view
 from weft.supervisor import NATS, Supervisor
 from weft.telemetry import FieldFormatter
 
-BAD_SETTINGS: Final = 2
-FAILED: Final = 1
-INTERRUPTED: Final = 130
 FOLLOW_INTERVAL_S: Final = 0.1
 # How long the gateway may take to find its model before the user is told what it waits for.
 PATIENCE_S: Final = 5.0
@@ -74,17 +73,16 @@ def main(argv: Sequence[str]) -> int:
         settings = _with_port(settings)
         plan = make_plan(settings, model, folder, environ)
         return asyncio.run(_run(settings, plan, folder, sys.stdout, began))
-    except (SettingsError, StartFailed, WeftError) as error:
-        sys.stderr.write(f"weft up: {error}\n")
-        return BAD_SETTINGS if isinstance(error, SettingsError) else FAILED
+    except WeftError as error:
+        return complain("weft up", error)
 
 
 def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, environ: Mapping[str, str]) -> Plan:
     """Which processes, with which environment."""
     own_nats = not settings.nats_url
     passwords: dict[Role, str] = {role: secrets.token_hex(16) for role in subjects.PERMISSIONS} if own_nats else {}
-    # Names must differ from those of other hosts on a shared bus.
-    tail = "" if own_nats else f"-{''.join(c for c in socket.gethostname() if c.isalnum())[:20]}"
+    # Names must differ from those of every other `weft up` on a shared bus, of this host too.
+    tail = "" if own_nats else _tail_of(folder)
     base = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
     names: list[tuple[Role, int]] = [("gateway", 0), ("tokenizer", 0), ("scheduler", 0), ("cache", 0)]
     names += [("worker", number) for number in range(settings.workers)]
@@ -102,6 +100,15 @@ def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, envi
         settings.gateway.host, settings.gateway.host
     )
     return Plan(tuple(specs), passwords, f"http://{host}:{settings.gateway.port}", model.name)
+
+
+def _tail_of(folder: DataFolder) -> str:
+    """What tells one `weft up` from all others and stays the same when it is started again.
+
+    Host and data folder, of which only one `weft up` at a time holds the lock. The cache's blocks are found by its name.
+    """
+    host = "".join(c for c in socket.gethostname() if c.isalnum())[:20]
+    return f"-{host}-{hashlib.blake2b(str(folder.root.resolve()).encode(), digest_size=3).hexdigest()}"
 
 
 def _settings_of(

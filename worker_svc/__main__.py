@@ -7,4 +7,4 @@ from weft.settings import WorkerSettings
 from worker_svc.service import WorkerService
 
 if __name__ == "__main__":
-    main(WorkerSettings, lambda settings: settings.mesh, "worker", WorkerService, prog="worker_svc")
+    main(WorkerSettings, "worker", WorkerService, prog="worker_svc")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from weft.messages import BlockHash, ErrorInfo, TokenizedRequest
 
@@ -86,6 +86,12 @@ class StepOutput:
     offload: tuple[tuple[BlockHash, bytes], ...] = ()  # full blocks worth keeping beyond this worker
     load: tuple[LoadWanted, ...] = ()
     ended: tuple[tuple[str, int], ...] = ()  # (request_id, epoch) all of whose choices have ended or were dropped
+
+
+# Fields of `EngineLoad` that only grow.
+ENGINE_TOTALS: Final = frozenset(
+    ("num_steps", "num_preemptions", "num_violations", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
+)
 
 
 @dataclass(slots=True)

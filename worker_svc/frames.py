@@ -16,13 +16,12 @@ MAX_ROW_TOKENS: Final = 255
 
 
 def to_frames(
-    rows: Iterable[TokenRow], next_sequence: dict[str, int], *, worker: str, worker_epoch: int, now: float
+    rows: Iterable[TokenRow], next_sequence: dict[str, int], *, worker: str, worker_epoch: int
 ) -> list[tuple[str, TokenFrame]]:
     """Turn rows into (gateway, frame) pairs, a gateway's rows in the order given.
 
     Args:
         next_sequence: the number of each gateway's next frame; one that is not there begins at 0.
-        now: `time.time()` seconds.
 
     Mutates: `next_sequence`.
     """
@@ -33,11 +32,11 @@ def to_frames(
     for gateway, own in by_gateway.items():
         sequence = next_sequence.get(gateway, 0)
         next_sequence[gateway] = sequence + 1
-        frames.append((gateway, _frame(own, worker, worker_epoch, sequence, now)))
+        frames.append((gateway, _frame(own, worker, worker_epoch, sequence)))
     return frames
 
 
-def _frame(rows: list[TokenRow], worker: str, worker_epoch: int, sequence: int, now: float) -> TokenFrame:
+def _frame(rows: list[TokenRow], worker: str, worker_epoch: int, sequence: int) -> TokenFrame:
     counts = [len(row.token_ids) for row in rows]
     if max(counts) > MAX_ROW_TOKENS:
         rows = [piece for row in rows for piece in _split(row)]
@@ -54,7 +53,6 @@ def _frame(rows: list[TokenRow], worker: str, worker_epoch: int, sequence: int, 
         token_ids=pack_u32(chain.from_iterable([row.token_ids for row in rows])),
         logprobs=[_logprobs(i, row) for i, row in enumerate(rows) if row.logprobs],
         errors={i: row.error for i, row in enumerate(rows) if row.error is not None},
-        sent_at=now,
     )
 
 

@@ -6,15 +6,12 @@ one ends those below. Cancels are remembered for a while, since a Cancel may ove
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from weft.errors import InvariantViolation
+from weft.holder import Cancelled
 from weft.messages import TokenizedRequest
-
-MAX_REMEMBERED_CANCELS: Final = 16_384
 
 
 @dataclass(slots=True)
@@ -29,10 +26,9 @@ class HeldRequest:
 class HeldTable:
     """The requests held, and the cancels remembered."""
 
-    def __init__(self, max_remembered: int = MAX_REMEMBERED_CANCELS) -> None:
+    def __init__(self) -> None:
         self._held: dict[str, HeldRequest] = {}
-        self._cancelled: OrderedDict[str, int] = OrderedDict()  # request id → highest epoch cancelled
-        self._max_remembered = max_remembered
+        self._cancelled = Cancelled()
         self.num_sequences = 0
 
     def __len__(self) -> int:
@@ -48,7 +44,7 @@ class HeldTable:
     def is_stale(self, request_id: str, epoch: int) -> bool:
         """True if this epoch was cancelled, or it or a higher one is held."""
         held = self._held.get(request_id)
-        return (held is not None and held.epoch >= epoch) or self._cancelled.get(request_id, -1) >= epoch
+        return (held is not None and held.epoch >= epoch) or self._cancelled.covers(request_id, epoch)
 
     def take(self, request: TokenizedRequest, stamps: Mapping[str, float]) -> None:
         """Hold a request, which must not be stale, and whose lower epochs have been cancelled."""
@@ -61,7 +57,7 @@ class HeldTable:
         """Let go of a request at `epoch` and below, or of some of its choices; True if any was held."""
         chosen = set(slots)
         if not chosen:
-            self._remember(request_id, epoch)
+            self._cancelled.remember(request_id, epoch)
         held = self._held.get(request_id)
         if held is None or held.epoch > epoch:
             return False
@@ -79,11 +75,8 @@ class HeldTable:
         if held is not None:
             self._let_go(held, set(held.slots))
 
-    def by_gateway(self) -> dict[str, list[HeldRequest]]:
-        found: dict[str, list[HeldRequest]] = {}
-        for held in self._held.values():
-            found.setdefault(held.gateway, []).append(held)
-        return found
+    def of_gateway(self, gateway: str) -> list[HeldRequest]:
+        return [held for held in self._held.values() if held.gateway == gateway]
 
     def check(self) -> None:
         """Raises InvariantViolation if the count of sequences is not that of the requests held."""
@@ -97,8 +90,3 @@ class HeldTable:
         if not held.slots:
             del self._held[held.request_id]
         return bool(slots)
-
-    def _remember(self, request_id: str, epoch: int) -> None:
-        self._cancelled[request_id] = max(epoch, self._cancelled.pop(request_id, epoch))
-        while len(self._cancelled) > self._max_remembered:
-            self._cancelled.popitem(last=False)

@@ -11,7 +11,7 @@ import logging
 import zlib
 from collections import deque
 from collections.abc import Container, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from weft.bus import Bus
 from weft.columns import pack_u32, split_hashes, unpack_u32
 from weft.errors import DecodeError, WeftError
 from weft.messages import BlockData, BlockGet, BlockHas, BlockHash, BlockHasReply, BlockPut
+from weft.telemetry import totals
 from worker_svc.engine_io import BlocksLoaded, EngineThread, LoadWanted
 from worker_svc.shards import cache_key, group_by_shard
 
@@ -114,8 +115,7 @@ class KvTransfer:
         self._spawn(self._load(wanted))
 
     def stats(self) -> dict[str, float]:
-        found = {item.name: float(getattr(self._counters, item.name)) for item in fields(self._counters)}
-        return found | {
+        return totals(self._counters) | {
             "shards": float(len(self._shards)),
             "offload_queued_bytes": float(self._queued_bytes),
             "load_bytes_per_s": self._engine.load_bytes_per_s,

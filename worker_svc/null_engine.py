@@ -22,13 +22,12 @@ from weft.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, Choice, Erro
 from weft.model_folder import ModelFolder
 from weft.settings import WorkerSettings
 from worker_svc.engine_io import Add, BlocksLoaded, Command, Drop, EngineLoad, Started, StepOutput, TokenRow
+from worker_svc.frames import MAX_ROW_TOKENS
 
 log = logging.getLogger(__name__)
 
 TICK_S: Final = 0.005
 DEFAULT_MAX_TOKENS: Final = 128
-# A frame counts a row's tokens in one byte.
-MAX_ROW_TOKENS: Final = 255
 
 
 @dataclass(slots=True)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
-from weft.columns import pack_u32
-from weft.hashing import BLOCK_SIZE
 from weft.messages import (
     BlockHash,
-    Claims,
     ErrorInfo,
     KvEvents,
     State,
@@ -22,7 +19,7 @@ from weft.model_folder import ModelFolder
 from weft.subjects import Returned
 from worker_svc.engine_io import EngineLoad, Started, TokenRow
 from worker_svc.frames import to_frames
-from worker_svc.held import HeldRequest, HeldTable
+from worker_svc.held import HeldRequest
 
 # Schedulers that have gone are kept in the books until there are this many.
 MAX_SCHEDULERS: Final = 1000
@@ -45,9 +42,9 @@ class Reports:
             living = {scheduler, *schedulers}
             self._accepted = {name: count for name, count in self._accepted.items() if name in living}
 
-    def frames(self, rows: Sequence[TokenRow], now: float) -> list[tuple[str, TokenFrame]]:
-        """(gateway, frame) pairs; `now` is `time.time()`."""
-        return to_frames(rows, self._frame_sequence, worker=self._worker, worker_epoch=self._worker_epoch, now=now)
+    def frames(self, rows: Sequence[TokenRow]) -> list[tuple[str, TokenFrame]]:
+        """(gateway, frame) pairs."""
+        return to_frames(rows, self._frame_sequence, worker=self._worker, worker_epoch=self._worker_epoch)
 
     def kv_events(self, stored: Sequence[BlockHash], removed: Sequence[BlockHash]) -> KvEvents:
         self._kv_sequence += 1
@@ -73,21 +70,11 @@ class Reports:
             num_waiting_tokens=load.num_waiting_tokens,
             num_blocks=load.num_blocks,
             num_free_blocks=load.num_free_blocks,
-            block_size=BLOCK_SIZE,
-            max_model_len=folder.max_model_len,
             accepted=self._accepted,
             kv_sequence=self._kv_sequence,
-            num_steps=load.num_steps,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             decode_tokens_per_s=load.decode_tokens_per_s,
         )
-
-    def claims(self, table: HeldTable) -> list[tuple[str, Claims]]:
-        """(gateway, claims) pairs over all that is held."""
-        return [
-            (gateway, Claims("worker", self._worker, [i.request_id for i in held], pack_u32([i.epoch for i in held])))
-            for gateway, held in table.by_gateway().items()
-        ]
 
     def started(self, started: Started, stamps: Mapping[str, float]) -> StreamEvent:
         return StreamEvent(

@@ -127,7 +127,7 @@ class _Batch:
     def has_diverged(self) -> bool:
         """Whether a sequence went another way than `advance` foresaw."""
         return any(
-            len(sequence.token_ids) - sequence.num_prompt_tokens != position
+            sequence.num_output_tokens != position
             for sequence, position in zip(self.sequences, self.positions, strict=True)
         )
 

@@ -16,7 +16,8 @@ from typing import Final, Literal
 from weft import model_folder, subjects
 from weft.bus import Bus
 from weft.columns import unpack_u32
-from weft.errors import Overloaded, PayloadTooLarge, Unavailable, WeftError
+from weft.errors import Unavailable, WeftError
+from weft.holder import MissingGateways, make_claims
 from weft.messages import (
     CLAIM_INTERVAL_S,
     HEARTBEAT_TIMEOUT_S,
@@ -26,7 +27,6 @@ from weft.messages import (
     ErrorInfo,
     Heartbeat,
     KvEvents,
-    Message,
     State,
     TokenizedRequest,
 )
@@ -35,8 +35,9 @@ from weft.roster import Change, Roster
 from weft.service import Context
 from weft.settings import WorkerSettings
 from weft.subjects import Returned
+from weft.telemetry import totals
 from worker_svc.checks import check_request
-from worker_svc.engine_io import Add, Drop, EngineLoad, EngineThread, StepOutput, TokenRow
+from worker_svc.engine_io import ENGINE_TOTALS, Add, Drop, EngineLoad, EngineThread, StepOutput, TokenRow
 from worker_svc.held import HeldRequest, HeldTable
 from worker_svc.kv_transfer import KvTransfer
 from worker_svc.null_engine import NullEngine
@@ -59,7 +60,6 @@ class WorkerCounters:
     handed_on: int = 0
     gateways_lost: int = 0
     frames: int = 0
-    unsent: int = 0  # messages that the bus did not take
 
 
 class WorkerService:
@@ -77,7 +77,7 @@ class WorkerService:
         self._held = HeldTable()
         self._empty = asyncio.Event()
         self._roster = Roster()
-        self._missing_since: dict[str, float] = {}  # gateways that are named by requests but have not been heard
+        self._missing = MissingGateways(self._roster)
         self._reports = Reports(context.instance, context.epoch)
         self._status_timer: asyncio.TimerHandle | None = None
         self._num_steps_seen = -1
@@ -154,9 +154,13 @@ class WorkerService:
 
     def stats(self) -> dict[str, float]:
         load = self._engine.load if self._engine else EngineLoad()
-        numbers = {f"engine_{item.name}": getattr(load, item.name) for item in fields(load)}
-        found = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
-        found |= {item.name: float(getattr(self._counters, item.name)) for item in fields(self._counters)}
+        numbers = {item.name: getattr(load, item.name) for item in fields(load)}
+        found = {
+            f"engine_{name}{'_total' if name in ENGINE_TOTALS else ''}": float(value)
+            for name, value in numbers.items()
+            if isinstance(value, int | float)
+        }
+        found |= totals(self._counters)
         found |= {"held_requests": float(len(self._held)), "held_sequences": float(self._held.num_sequences)}
         if self._kv is not None:
             found |= {f"kv_{name}": value for name, value in self._kv.stats().items()}
@@ -173,11 +177,11 @@ class WorkerService:
         request, num_choices = assignment.request, len(assignment.request.choices)
         self._end_lower_epochs(request)
         if self._state == "draining":
-            self._decline(assignment, "draining")
+            self._decline(assignment)
             return
         stale = self._held.is_stale(request.request_id, request.epoch)
         if not stale and self._is_full(num_choices):
-            self._decline(assignment, "full")
+            self._decline(assignment)
             return
         # Taken or refused for good, it is under way no more: the scheduler may send others.
         self._reports.accept(assignment.scheduler, num_choices, self._schedulers())
@@ -211,11 +215,11 @@ class WorkerService:
             held = self._held.get(started.request_id, started.epoch)
             if held is not None:
                 stamps = {**held.stamps, "started": time.time()}
-                self._send(subjects.events(started.gateway), self._reports.started(started, stamps))
+                self._bus.tell(subjects.events(started.gateway), self._reports.started(started, stamps))
         if output.rows:
             self._send_frames(output.rows)
         if output.stored or output.removed:
-            self._send(subjects.kv(self._instance), self._reports.kv_events(output.stored, output.removed))
+            self._bus.tell(subjects.kv(self._instance), self._reports.kv_events(output.stored, output.removed))
         for request_id, epoch in output.ended:
             self._held.end(request_id, epoch)
         if output.ended:
@@ -226,9 +230,9 @@ class WorkerService:
                 self._kv.load(wanted)
 
     def _send_frames(self, rows: tuple[TokenRow, ...]) -> None:
-        for gateway, frame in self._reports.frames(rows, time.time()):
+        for gateway, frame in self._reports.frames(rows):
             self._counters.frames += 1
-            self._send(subjects.frames(gateway), frame)
+            self._bus.tell(subjects.frames(gateway), frame)
         finished = [row for row in rows if row.finish]
         for row in finished:
             self._held.finish(row.request_id, row.epoch, row.slot)
@@ -264,12 +268,12 @@ class WorkerService:
         self._held.take(request, {**request.stamps, "worker": time.time()})
         self._engine.submit(Add(request))
 
-    def _decline(self, assignment: Assignment, reason: Literal["full", "draining"]) -> None:
+    def _decline(self, assignment: Assignment) -> None:
         request = assignment.request
         self._counters.declined += 1
-        self._send(
+        self._bus.tell(
             subjects.declined(assignment.scheduler),
-            Declined(request, self._instance, reason),
+            Declined(request, self._instance),
             reply=subjects.returned("worker", self._instance, request.gateway, request.request_id, request.epoch),
         )
 
@@ -280,7 +284,7 @@ class WorkerService:
 
     def _drop_gateway(self, gateway: str) -> None:
         """The gateway is gone, and with it every reader of its streams."""
-        lost = self._held.by_gateway().get(gateway, [])
+        lost = self._held.of_gateway(gateway)
         if lost:
             self._counters.gateways_lost += 1
             log.warning("gateway lost", extra={"gateway": gateway, "requests": len(lost)})
@@ -289,7 +293,12 @@ class WorkerService:
             self._drop(held.request_id, held.epoch)
 
     def _hand_on(self) -> None:
-        """Give everything back to the gateways, which recover it elsewhere."""
+        """Give everything back to the gateways, which recover it elsewhere.
+
+        Not when the engine failed: they shall see a worker that died, and count it against what it held.
+        """
+        if not self.is_live():
+            return
         for held in self._held:
             self._counters.handed_on += 1
             self._send_event(held, "lost", ErrorInfo.of(Unavailable("the worker is draining")))
@@ -313,18 +322,10 @@ class WorkerService:
         if self._kv is not None:
             self._kv.set_shards(member.instance for member in self._roster.members("cache") if member.state == "ready")
 
-    def _drop_missing(self, now: float) -> None:
-        """A gateway that died before this worker first heard of it never leaves the roster."""
-        missing = {gateway for gateway in self._held.by_gateway() if self._roster.get("gateway", gateway) is None}
-        self._missing_since = {gateway: self._missing_since.get(gateway, now) for gateway in missing}
-        for gateway, since in self._missing_since.items():
-            if now - since > 2 * HEARTBEAT_TIMEOUT_S:
-                self._drop_gateway(gateway)
-
     # ---- news ----
 
     async def _tick(self) -> None:
-        before, unsent = time.monotonic(), 0
+        before = time.monotonic()
         while True:
             await asyncio.sleep(CLAIM_INTERVAL_S)
             assert self._engine is not None
@@ -333,25 +334,24 @@ class WorkerService:
             now = time.monotonic()
             if self._bus.connected and now - before < HEARTBEAT_TIMEOUT_S:
                 self._apply(self._roster.expire(now))
-                self._drop_missing(now)
+                for gateway in self._missing.find({held.gateway for held in self._held}, now):
+                    self._drop_gateway(gateway)
             else:
                 # Cut off, or asleep: the others' silence proves nothing.
                 self._forgive(now)
             self._send_claims()
             self._send_status()
-            if self._counters.unsent > unsent:
-                log.warning("messages not sent", extra={"messages": self._counters.unsent - unsent})
-            before, unsent = now, self._counters.unsent
+            before = now
 
     def _forgive(self, now: float) -> None:
         self._roster.forgive(now)
-        self._missing_since.clear()
+        self._missing.forgive()
 
     def _send_claims(self) -> None:
         # Nothing is claimed that does not move: the gateways take it elsewhere.
         if self.is_live():
-            for gateway, claims in self._reports.claims(self._held):
-                self._send(subjects.events(gateway), claims)
+            for gateway, claims in make_claims("worker", self._instance, self._held):
+                self._bus.tell(subjects.events(gateway), claims)
 
     def _room_changed(self) -> None:
         if not len(self._held):
@@ -367,20 +367,12 @@ class WorkerService:
             status = self._reports.status(
                 self._folder, self._state, self._engine.load, self._held.num_sequences, self._settings.max_num_seqs
             )
-            self._send(subjects.status(self._instance), status)
+            self._bus.tell(subjects.status(self._instance), status)
 
     def _send_event(
         self, about: HeldRequest | TokenizedRequest | Returned, kind: Literal["rejected", "lost"], error: ErrorInfo
     ) -> None:
-        self._send(subjects.events(about.gateway), self._reports.event(about, kind, error))
-
-    def _send(self, subject: str, message: Message, *, reply: str = "") -> None:
-        """Queue a message. One that the bus does not take is as good as lost on the way, which the gateway notices."""
-        try:
-            self._bus.send(subject, message, reply=reply)
-        except (Overloaded, PayloadTooLarge) as error:
-            self._counters.unsent += 1
-            log.debug("message not sent", extra={"subject": subject, "error": error.message})
+        self._bus.tell(subjects.events(about.gateway), self._reports.event(about, kind, error))
 
 
 def _make_engine(folder: ModelFolder, settings: WorkerSettings) -> EngineThread:

@@ -28,6 +28,11 @@ def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad 
     Raises:
         SettingsError: names what in the folder or the settings does not work.
     """
+    load = EngineLoad() if load is None else load
+
+    def on_progress(share: float) -> None:
+        load.loaded = share
+
     digest = model_folder.digest(folder)
     runner = Runner(
         folder,
@@ -35,6 +40,7 @@ def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad 
         dtype=settings.dtype,
         kv_memory=settings.kv_memory,
         threads=settings.threads,
+        on_progress=on_progress,
     )
     warm_up(runner, settings.max_num_batched_tokens)
     return Engine(runner, settings, digest=digest, eos_token_ids=folder.eos_token_ids, load=load)

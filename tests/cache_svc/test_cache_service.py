@@ -97,20 +97,21 @@ async def test_what_is_put_is_had_and_got_in_the_order_asked(url: str, worker: W
         assert await worker.get([3, 4, 1]) == [3, 1]
         assert await worker.put([3, 4]) == [1, 1]
         stats = await worker.stats()
-        assert (stats["put"], stats["put_known"], stats["asked"], stats["hits_memory"]) == (4, 1, 3, 2)
+        assert (stats["put_total"], stats["put_known_total"]) == (4, 1)
+        assert (stats["asked_total"], stats["hits_memory_total"]) == (3, 2)
 
 
 async def test_a_block_with_a_wrong_checksum_is_not_kept(url: str, worker: Worker) -> None:
     async with cache(url):
         assert await worker.put([1], checksum_error=1) == [0]
         assert await worker.has([1]) == [0]
-        assert (await worker.stats())["put_corrupt"] == 1
+        assert (await worker.stats())["put_corrupt_total"] == 1
 
 
 async def test_a_block_larger_than_every_budget_is_refused(url: str, worker: Worker, tmp_path: Path) -> None:
     async with cache(url, tmp_path, memory_size=SIZE - 1, disk_size=SIZE):
         assert await worker.put([1]) == [0]
-        assert (await worker.stats())["put_refused"] == 1
+        assert (await worker.stats())["put_refused_total"] == 1
 
 
 async def test_memory_stays_within_its_budget_least_recently_used_out_first(url: str, worker: Worker) -> None:
@@ -137,9 +138,9 @@ async def test_what_memory_has_no_room_for_comes_from_disk_and_back_into_memory(
         await worker.put([1, 2, 3, 4])
         await until_written(worker, 4)
         assert await worker.get([1, 2]) == [1, 2]
-        assert (await worker.stats())["hits_disk"] == 2
+        assert (await worker.stats())["hits_disk_total"] == 2
         assert await worker.get([1, 2]) == [1, 2]
-        assert (await worker.stats())["hits_memory"] == 2
+        assert (await worker.stats())["hits_memory_total"] == 2
 
 
 async def test_without_memory_the_disk_alone_serves(url: str, worker: Worker, tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ async def test_damage_on_disk_is_a_miss(url: str, worker: Worker, tmp_path: Path
         damage(tmp_path, SIZE // 2)
         assert await worker.get([1, 2]) == [2]
         assert await worker.has([1, 2]) == [0, 1]
-        assert (await worker.stats())["disk_corrupt"] == 1
+        assert (await worker.stats())["disk_corrupt_total"] == 1
 
 
 async def test_a_drain_writes_what_was_taken_in(url: str, worker: Worker, tmp_path: Path) -> None:
@@ -218,5 +219,5 @@ async def test_a_killed_process_finds_its_blocks_again(url: str, worker: Worker,
 
 async def until_written(worker: Worker, count: int) -> None:
     async with asyncio.timeout(10):
-        while (await worker.stats()).get("disk_written") != count:
+        while (await worker.stats()).get("disk_written_total") != count:
             pass

@@ -33,18 +33,14 @@ TOKENIZED = m.TokenizedRequest(
     block_hashes=HASH_A,
     sampling=SAMPLING,
     choices=CHOICES,
-    tenant="alice",
     cache_salt="alice",
-    priority=-1,
     stamps={"gateway": 1.5, "tokenizer": 1.75},
 )
 CHAT = m.ChatPrompt([m.ChatMessage("user", "Tell me a tale", "ann")], add_generation_prompt=True, now=1.5)
 
 
 def _generate(prompt: m.Prompt) -> m.GenerateRequest:
-    return m.GenerateRequest(
-        "r1", 2, "g1", "tales-6m", prompt, SAMPLING, CHOICES, "alice", "alice", -1, {"gateway": 1.5}
-    )
+    return m.GenerateRequest("r1", 2, "g1", "tales-6m", prompt, SAMPLING, CHOICES, "alice", {"gateway": 1.5})
 
 
 SAMPLES: dict[str, m.Message] = {
@@ -53,7 +49,7 @@ SAMPLES: dict[str, m.Message] = {
     "GenerateRequest/tokens": _generate(m.TokenPrompt(pack_u32([1, 2, 3]))),
     "TokenizedRequest": TOKENIZED,
     "Assignment": m.Assignment(TOKENIZED, "s1"),
-    "Declined": m.Declined(TOKENIZED, "w1", "full"),
+    "Declined": m.Declined(TOKENIZED, "w1"),
     "TokenFrame": m.TokenFrame(
         worker="w1",
         worker_epoch=3,
@@ -66,13 +62,12 @@ SAMPLES: dict[str, m.Message] = {
         token_ids=pack_u32([9, 10]),
         logprobs=[m.RowLogprobs(0, 1, pack_f32([-0.5, -1.5]), pack_u32([9, 11]), pack_f32([-0.5, -1.0]))],
         errors={1: ERROR},
-        sent_at=2.5,
     ),
     "StreamEvent": m.StreamEvent("r1", 2, "rejected", "scheduler", "s1", ERROR, 3, 1, {"scheduler": 2.0}),
     "Claims": m.Claims("worker", "w1", ["r1"], pack_u32([2])),
     "Cancel": m.Cancel("r1", 2, "g1", pack_u32([7])),
     "WorkerStatus": m.WorkerStatus(
-        "w1", 3, "tales-6m", "ready", 64, 5, 2, 900, 1000, 800, 16, 2048, {"s1": 12}, 4, 99, 5000.0, 300.0
+        "w1", 3, "tales-6m", "ready", 64, 5, 2, 900, 1000, 800, {"s1": 12}, 4, 5000.0, 300.0
     ),
     "KvEvents": m.KvEvents("w1", 3, 4, HASH_A, HASH_B, True),
     "Heartbeat": m.Heartbeat("worker", "w1", 3, "ready", ["tales-6m"]),
@@ -82,14 +77,14 @@ SAMPLES: dict[str, m.Message] = {
     "BlockData": m.BlockData(HASH_A, [b"kv"], pack_u32([123])),
     "BlockPut": m.BlockPut(HASH_A, [b"kv"], pack_u32([123])),
     "Control": m.Control("drain"),
-    "ControlReply": m.ControlReply(True, "ready", ERROR, {"running": 1.0}),
+    "ControlReply": m.ControlReply("ready", {"running": 1.0}),
     "ModelQuery": m.ModelQuery("tales-6m"),
-    "ModelCard": m.ModelCard("tales-6m", 2048, 4096, [2], True, HASH_A, 70_000, 1.5, SAMPLING),
+    "ModelCard": m.ModelCard("tales-6m", 2048, HASH_A, 70_000, 1.5, SAMPLING),
     "TokenizerFetch": m.TokenizerFetch("tales-6m", HASH_A, 512),
-    "TokenizerPiece": m.TokenizerPiece(512, b"piece", ERROR),
+    "TokenizerPiece": m.TokenizerPiece(512, b"piece"),
     "TokenizeQuery": m.TokenizeQuery("tales-6m", CHAT),
-    "TokenizeReply": m.TokenizeReply(pack_u32([1, 2]), 2048, ERROR),
+    "TokenizeReply": m.TokenizeReply(pack_u32([1, 2]), 2048),
     "DetokenizeQuery": m.DetokenizeQuery("tales-6m", pack_u32([1, 2])),
-    "DetokenizeReply": m.DetokenizeReply("Once", ERROR),
+    "DetokenizeReply": m.DetokenizeReply("Once"),
     "Refused": m.Refused(ERROR),
 }

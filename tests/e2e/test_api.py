@@ -243,6 +243,22 @@ async def test_bad_input_is_a_clear_4xx_that_names_the_field(http: aiohttp.Clien
         assert answer["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_body_that_is_not_encoded_as_it_says_is_the_clients_fault(
+    http: aiohttp.ClientSession, encoding: str
+) -> None:
+    data = json.dumps({"model": MODEL, "prompt": "x"}).encode()
+    async with http.post("/v1/completions", data=data, headers={"Content-Encoding": encoding}) as response:
+        assert response.status == 400
+        assert "Content-Encoding" in (await response.json())["error"]["message"]
+
+
+async def test_a_wrong_method_is_told_the_right_one(http: aiohttp.ClientSession) -> None:
+    async with http.put("/v1/completions", json={}) as response:
+        assert (response.status, response.headers["Allow"]) == (405, "POST")
+        assert set((await response.json())["error"]) == {"message", "type", "param", "code"}
+
+
 async def test_a_huge_body_is_refused_by_its_announced_size(mesh: Up) -> None:
     host, port = mesh.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))

@@ -48,7 +48,6 @@ class Answer:
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
-    stopped_by_string: bool = False
     num_counted: int = 0
 
     @property
@@ -64,7 +63,6 @@ class Answer:
             self.texts.append(delta.text)
             self.logprobs += delta.logprobs
             self.finish_reason = delta.finish_reason
-            self.stopped_by_string = delta.stopped_by_string
 
 
 def answer(
@@ -144,22 +142,10 @@ def test_logprobs_come_once_for_each_token_and_not_before_their_text(
     assert [one.data for one in result.logprobs] == expected
 
 
-@given(TOKEN_IDS, STOPS)
-def test_tokens_emitted_before_leave_only_the_rest_to_say(token_ids: list[int], stop: tuple[str, ...]) -> None:
-    whole = answer(token_ids, range(13), stop=stop)
-    for split in range(len(token_ids)):
-        before = answer(token_ids[:split], finish=FINISH_NONE, stop=stop)
-        resumed = Assembler(VOCABULARY, stop=stop, min_tokens=0, logprobs=False, emitted_before=token_ids[:split])
-        rest = Answer()
-        rest.take(resumed, token_ids[split:], FINISH_LENGTH)
-        assert before.text + rest.text == whole.text
-        assert resumed.finish_reason == whole.finish_reason
-
-
 def test_a_stop_string_that_straddles_tokens_never_leaks() -> None:
     result = answer(ids("c", "a", "b", "a", "c"), [1, 2, 3, 4], stop=("bac",))
     assert result.texts == ["c", "a", ""]
-    assert (result.finish_reason, result.stopped_by_string) == ("stop", False)
+    assert result.finish_reason == "stop"
 
 
 def test_text_that_only_looked_like_a_stop_string_comes_out() -> None:
@@ -173,11 +159,6 @@ def test_text_held_back_at_the_finish_comes_out() -> None:
 
 def test_the_earliest_stop_string_wins() -> None:
     assert answer(ids("abc"), stop=("c", "bc", "b")).text == "a"
-
-
-def test_the_worker_must_be_told_of_a_stop_string_unless_it_has_finished() -> None:
-    assert answer(ids("c", "b"), finish=FINISH_NONE, stop=("b",)).stopped_by_string
-    assert not answer(ids("c", "b"), finish=FINISH_LENGTH, stop=("b",)).stopped_by_string
 
 
 def test_nothing_after_a_stop_string_is_counted() -> None:

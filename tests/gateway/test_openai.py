@@ -59,7 +59,6 @@ def test_a_plain_chat_has_openais_defaults() -> None:
         include_usage=False,
         echo=False,
         top_logprobs=None,
-        user="",
     )
 
 
@@ -108,7 +107,7 @@ def test_every_parameter_is_read(parse: Callable[..., Call]) -> None:
         stop_token_ids=(1, 2),
         ignore_eos=True,
     )
-    assert (call.n, call.seed, call.stop, call.user) == (2, 7, ("a", "b"), "me")
+    assert (call.n, call.seed, call.stop) == (2, 7, ("a", "b"))
     assert (call.stream, call.include_usage) == (True, True)
 
 
@@ -429,7 +428,7 @@ def check(call: Call) -> None:
     for prompt in call.prompts:
         request = GenerateRequest("r", 0, "g", call.model, prompt, call.sampling, [Choice(0, call.seed or 0)] * call.n)
         assert codec.decode(codec.encode(request), GenerateRequest) == request
-    json.dumps([call.user, call.stop])
+    json.dumps(call.stop)
 
 
 @given(st.dictionaries(NAMES, JSON, max_size=3), st.sampled_from(["messages", "prompt"]))

@@ -37,7 +37,6 @@ def make_call(*, is_chat: bool = True, **fields: Any) -> Call:
         "include_usage": False,
         "echo": False,
         "top_logprobs": None,
-        "user": "",
     }
     return Call(**(defaults | fields))
 
@@ -212,7 +211,7 @@ def test_without_being_asked_an_answer_has_no_logprobs() -> None:
 
 
 def test_models_are_listed_as_openai_lists_them() -> None:
-    card = ModelCard("tales", 2048, 4096, [1], True, bytes(16), 100, CREATED + 0.5, SamplingParams())
+    card = ModelCard("tales", 2048, bytes(16), 100, CREATED + 0.5, SamplingParams())
     listed = json.loads(models_body([card, card]))
     assert (listed["object"], len(listed["data"])) == ("list", 2)
     assert listed["data"][0] == json.loads(model_body(card))

@@ -1,11 +1,11 @@
-"""The backlog's sums, and what is remembered of cancels."""
+"""The backlog's sums."""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler_svc.backlog import Backlog, Cancelled
+from scheduler_svc.backlog import Backlog
 from scheduler_svc.policy.admit import new_tokens
 from scheduler_svc.policy.order import Fcfs, Waiting
 from tests.support.scheduling import make_request
@@ -31,17 +31,3 @@ def test_sums_are_those_of_what_waits(plan: list[tuple[int, int, int]]) -> None:
             assert backlog.count(model) == len(own)
             assert backlog.num_tokens(model) == sum(request.num_tokens for request in own)
             assert backlog.num_new_tokens(model) == sum(map(new_tokens, own))
-
-
-def test_cancels_are_forgotten_oldest_first() -> None:
-    cancelled = Cancelled(max_remembered=2)
-    for name in "abac":
-        cancelled.remember(name, 1)
-    assert [cancelled.covers(name, 1) for name in "abc"] == [True, False, True]
-
-
-def test_lower_cancel_does_not_lower_a_higher_one() -> None:
-    cancelled = Cancelled()
-    cancelled.remember("a", 3)
-    cancelled.remember("a", 1)
-    assert cancelled.covers("a", 3) and not cancelled.covers("a", 4)

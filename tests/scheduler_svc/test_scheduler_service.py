@@ -52,7 +52,7 @@ class FakeWorker:
     async def listen(self) -> None:
         async def answer(control: Control) -> Message:
             if control.verb != "kv_snapshot":
-                return ControlReply(True, "ready")
+                return ControlReply("ready")
             return make_events(self.kv_sequence, self.held, holder=self.name, snapshot=True)
 
         await self.bus.on(subjects.assign(self.name), Assignment, self.got.append)
@@ -64,7 +64,7 @@ class FakeWorker:
         self.bus.send(subjects.status(self.name), make_status(self.name, **changes))
 
     def decline(self, assignment: Assignment) -> None:
-        declined = Declined(assignment.request, self.name, "full")
+        declined = Declined(assignment.request, self.name)
         self.bus.send(subjects.declined(assignment.scheduler), declined)
 
     def ids(self) -> list[str]:
@@ -196,7 +196,7 @@ async def test_dead_worker_is_noticed_by_its_silence_on_an_assignment(url: str, 
         await with_workers(service, 2)
         near.schedule(make_request("r0"))
         await until(lambda: worker.got)
-        assert service.stats()["returned"] == 1
+        assert service.stats()["returned_total"] == 1
         assert service.stats()["workers"] == 1
 
 
@@ -242,7 +242,7 @@ async def test_cancel_and_the_gateways_death_empty_the_backlog(url: str, near: N
         await until(lambda: service.stats()["waiting_requests"] == 2)
         near.beat("gateway", "g0", "dead")
         await until(lambda: service.stats()["waiting_requests"] == 0)
-        assert service.stats()["dropped"] == 3
+        assert service.stats()["dropped_total"] == 3
 
 
 async def test_requests_follow_their_prefix_learnt_from_events_and_snapshots(url: str, near: Neighbours) -> None:
@@ -258,7 +258,7 @@ async def test_requests_follow_their_prefix_learnt_from_events_and_snapshots(url
         near.schedule(make_request("a", blocks=[1, 2, 3]), make_request("b", blocks=[7, 8, 9, 10]))
         await until(lambda: workers[1].got and workers[2].got)
         assert (workers[1].ids(), workers[2].ids()) == (["a"], ["b"])
-        assert service.stats()["matched_blocks"] == 7
+        assert service.stats()["matched_blocks_total"] == 7
 
 
 async def test_blocks_of_a_cache_are_no_workers_business(url: str, near: Neighbours) -> None:
@@ -277,9 +277,9 @@ async def test_two_schedulers_share_a_workers_room(url: str, near: Neighbours) -
         await with_workers(first, 1)
         await with_workers(second, 1)
         near.schedule(*[make_request(f"r{number}") for number in range(40)])
-        await until(lambda: first.stats()["requests"] + second.stats()["requests"] == 40)
+        await until(lambda: first.stats()["requests_total"] + second.stats()["requests_total"] == 40)
         await until(lambda: len(worker.got) == 8)
-        assert first.stats()["dispatched"] == second.stats()["dispatched"] == 4
+        assert first.stats()["dispatched_total"] == second.stats()["dispatched_total"] == 4
         assert first.stats()["waiting_requests"] + second.stats()["waiting_requests"] == 32
 
 

@@ -120,7 +120,7 @@ def test_declined_request_goes_first_again_and_the_worker_rests_until_its_next_s
     state.on_status(make_status(), 0.0)
     first = make_request("a")
     state.on_request(first, 0.1)
-    assert told(state.on_declined(Declined(first, "w0", "full"), 0.2)) == [("queued", "a")]
+    assert told(state.on_declined(Declined(first, "w0"), 0.2)) == [("queued", "a")]
     assert told(state.on_request(make_request("b"), 0.3)) == [("queued", "b")]
     assert told(state.on_status(make_status(), 0.4)) == [("dispatch", "a", "w0"), ("dispatch", "b", "w0")]
 
@@ -131,7 +131,7 @@ def test_declined_request_goes_to_another_worker_at_once() -> None:
     request = make_request("a")
     state.on_request(request, 0.1)
     state.on_status(make_status("w1", num_running=3), 0.1)
-    assert told(state.on_declined(Declined(request, "w0", "draining"), 0.2)) == [("dispatch", "a", "w1")]
+    assert told(state.on_declined(Declined(request, "w0"), 0.2)) == [("dispatch", "a", "w1")]
 
 
 def test_returned_assignment_means_a_dead_worker_and_another_try() -> None:
@@ -227,7 +227,7 @@ def test_cancelled_request_is_not_put_back() -> None:
     request = make_request("a")
     state.on_request(request, 0.1)
     state.on_cancel(Cancel("a", 0, "g0"), 0.2)
-    assert told(state.on_declined(Declined(request, "w0", "full"), 0.3)) == [("dropped", "a")]
+    assert told(state.on_declined(Declined(request, "w0"), 0.3)) == [("dropped", "a")]
 
 
 def test_higher_epoch_replaces_a_lower_one() -> None:
@@ -265,7 +265,7 @@ def test_gateway_that_leaves_takes_its_requests_along() -> None:
     state.on_request(make_request("a"), 0.1)
     state.on_request(make_request("b", gateway="g1"), 0.1)
     assert told(state.on_heartbeat(beat("gateway", "g0", state="dead"), 0.2)) == [("dropped", "a")]
-    assert told(state.on_declined(Declined(sent, "w0", "full"), 0.3)) == [("dropped", "sent")]
+    assert told(state.on_declined(Declined(sent, "w0"), 0.3)) == [("dropped", "sent")]
     assert told(state.on_status(make_status(), 0.4)) == [("dispatch", "b", "w0")]
 
 
@@ -285,7 +285,7 @@ def test_drain_hands_everything_on() -> None:
     state.on_request(make_request("a"), 0.0)
     assert told(state.drain()) == [("lost", "a")]
     assert told(state.on_request(make_request("b"), 0.1)) == [("lost", "b")]
-    assert told(state.on_declined(Declined(sent, "w0", "full"), 0.2)) == [("lost", "sent")]
+    assert told(state.on_declined(Declined(sent, "w0"), 0.2)) == [("lost", "sent")]
     assert told(state.on_status(make_status(), 0.3)) == []
 
 
@@ -340,6 +340,6 @@ def test_request_that_is_put_back_keeps_its_place() -> None:
     for request in requests:
         state.on_request(request, 0.0)
     assert told(state.on_status(make_status(max_num_seqs=1), 0.1)) == [("dispatch", "z", "w0")]
-    state.on_declined(Declined(requests[0], "w0", "full"), 0.2)
+    state.on_declined(Declined(requests[0], "w0"), 0.2)
     actions = state.on_status(make_status(), 0.3)
     assert [name for _, name, _ in told(actions)] == ["z", "y", "x"]

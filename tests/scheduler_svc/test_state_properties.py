@@ -109,7 +109,7 @@ class Simulation:
         if worker.inbox:
             request = worker.inbox.pop(0)
             self.put_back([request])
-            self.take(self.state.on_declined(Declined(request, name, "full"), self.now))
+            self.take(self.state.on_declined(Declined(request, name), self.now))
 
     def do_finish(self, name: str) -> None:
         if self.workers[name].running:

@@ -58,11 +58,8 @@ def make_status(worker: str = "w0", **changes: Any) -> WorkerStatus:
         "num_waiting_tokens": 0,
         "num_blocks": 100,
         "num_free_blocks": 100,
-        "block_size": NUM_BLOCK_TOKENS,
-        "max_model_len": 2048,
         "accepted": {},
         "kv_sequence": 0,
-        "num_steps": 0,
     }
     return WorkerStatus(**(values | changes))
 

@@ -49,4 +49,4 @@ class StandIn:
 
 
 if __name__ == "__main__":
-    main(CacheSettings, lambda settings: settings.mesh, ROLE, StandIn, prog="stand_in", argv=[])
+    main(CacheSettings, ROLE, StandIn, prog="stand_in", argv=[])

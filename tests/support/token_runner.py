@@ -53,8 +53,8 @@ class TokenRunner:
 
     def logits(self, context: Sequence[int]) -> torch.Tensor:
         """[V]: what follows `context`."""
-        seed = hash(tuple(context))
-        logits = torch.tensor([random.Random(seed + i).gauss(0, 2) for i in range(self.vocab_size)])
+        rng = random.Random(hash(tuple(context)))
+        logits = torch.tensor([rng.gauss(0, 2) for _ in range(self.vocab_size)])
         if context[-1] in self.poisoned:
             logits[3] = self.poisoned[context[-1]]
         return logits

@@ -208,7 +208,7 @@ async def test_template_that_never_ends_is_stopped_and_others_go_on(url: str, ne
         assert (code, param) == ("invalid_request", "messages")
         assert "longer than 0.5 s" in message
         await until(lambda: service.stats()["render_threads_given_up"] == 0 and service.stats()["held_requests"] == 0)
-        assert service.stats()["templates_stopped"] == 3
+        assert service.stats()["templates_stopped_total"] == 3
         assert service.is_live()
 
 
@@ -257,9 +257,7 @@ async def test_tokenizer_is_served_in_pieces_by_its_digest(url: str, near: Neigh
     async with tokenizer(url):
         subject = subjects.model(MODEL)
         card = await near.gateway.ask(subject, ModelQuery(MODEL), ModelCard, timeout_s=5)
-        assert (card.model, card.max_model_len, card.vocab_size) == (MODEL, 2048, 4096)
-        assert card.has_chat_template
-        assert card.eos_token_ids == [6, 1]
+        assert (card.model, card.max_model_len) == (MODEL, 2048)
         packed = b""
         while len(packed) < card.tokenizer_bytes:
             fetch = TokenizerFetch(MODEL, card.tokenizer_digest, len(packed))

@@ -120,11 +120,11 @@ async def test_ask_gets_the_answer_or_the_other_sides_error(server: nats.NatsSer
         async def answer(control: Control) -> ControlReply:
             if control.verb == "stats":
                 raise Overloaded("too busy", retry_after_s=2.0)
-            return ControlReply(True, "ready")
+            return ControlReply("ready")
 
         await answerer.answer("weft.v1.x", Control, answer)
         await answerer.flush()
-        assert (await asker.ask("weft.v1.x", Control("ping"), ControlReply, timeout_s=2)).ok
+        assert await asker.ask("weft.v1.x", Control("drain"), ControlReply, timeout_s=2) == ControlReply("ready")
         with pytest.raises(Overloaded, match="too busy") as caught:
             await asker.ask("weft.v1.x", Control("stats"), ControlReply, timeout_s=2)
         assert caught.value.retry_after_s == 2.0
@@ -133,7 +133,7 @@ async def test_ask_gets_the_answer_or_the_other_sides_error(server: nats.NatsSer
 async def test_ask_without_anyone_there_fails_at_once(server: nats.NatsServer) -> None:
     async with connected(server.url) as asker:
         with pytest.raises(Unavailable, match=r"weft\.v1\.nobody"):
-            await asker.ask("weft.v1.nobody", Control("ping"), ControlReply, timeout_s=30)
+            await asker.ask("weft.v1.nobody", Control("stats"), ControlReply, timeout_s=30)
 
 
 async def test_ask_without_an_answer_ends_at_its_deadline(server: nats.NatsServer) -> None:
@@ -141,7 +141,7 @@ async def test_ask_without_an_answer_ends_at_its_deadline(server: nats.NatsServe
         await other.on("weft.v1.x", Control, lambda control: None)
         await other.flush()
         with pytest.raises(DeadlineExceeded):
-            await asker.ask("weft.v1.x", Control("ping"), ControlReply, timeout_s=0.05)
+            await asker.ask("weft.v1.x", Control("stats"), ControlReply, timeout_s=0.05)
 
 
 async def test_a_message_over_the_limit_never_reaches_the_connection(server: nats.NatsServer) -> None:
@@ -198,16 +198,13 @@ async def test_messages_sent_while_nats_is_down_arrive_when_it_is_back(server: n
     assert got == list(range(10))
 
 
-async def test_dropped_messages_are_noticed(server: nats.NatsServer) -> None:
+async def test_dropped_messages_are_counted(server: nats.NatsServer) -> None:
     async with connected(server.url) as sender, connected(server.url, instance="w2") as receiver:
-        lost: list[bool] = []
-        receiver.on_loss.append(lambda: lost.append(True))
         await receiver.on("weft.v1.x", Heartbeat, lambda message: None, max_pending=10)
         await receiver.flush()
         for number in range(200):
             sender.send("weft.v1.x", beat(number))
-        await until(lambda: lost)
-        assert receiver.stats.slow_consumer > 0
+        await until(lambda: receiver.stats.slow_consumer > 0)
 
 
 async def test_a_stalled_server_neither_blocks_senders_nor_the_end(

@@ -219,6 +219,14 @@ def test_plan_on_a_shared_bus_starts_no_server_and_names_the_host(home: Path) ->
     assert {spec.environ["WEFT_NATS_URL"] for spec in made.specs} == {"nats://elsewhere:4222"}
 
 
+def test_two_meshes_of_one_host_share_a_bus_without_sharing_names(home: Path) -> None:
+    def names(root: Path) -> set[str]:
+        root.mkdir()
+        return {spec.name for spec in plan(["--nats-url", "nats://elsewhere:4222"], {}, root).specs}
+
+    assert not names(home / "one") & names(home / "two")
+
+
 def child(name: str, role: str, state: str, **facts: object) -> Child:
     made = Child(ChildSpec(name, role, (), {}), state)  # type: ignore[arg-type]  # literals
     for fact, value in facts.items():
@@ -250,14 +258,14 @@ def test_many_workers_share_a_line() -> None:
 
 def test_top_shows_load_of_this_life_only() -> None:
     status = WorkerStatus(
-        "worker-0", 5_000_000, "m", "ready", 8, 3, 2, 0, 100, 60, 16, 128, {}, 0, 0, 900.0, 30.0
+        "worker-0", 5_000_000, "m", "ready", 8, 3, 2, 0, 100, 60, {}, 0, 900.0, 30.0
     )  # fmt: skip
     members = [
         Member("worker", "worker-0", 5_000_000, "ready", ("m",), 0.0),
         Member("worker", "worker-1", 5_000_000, "draining", (), 0.0),
     ]
     text = operate.table(members, {"worker-0": status, "worker-1": WorkerStatus(
-        "worker-1", 1, "m", "ready", 8, 3, 2, 0, 100, 60, 16, 128, {}, 0, 0
+        "worker-1", 1, "m", "ready", 8, 3, 2, 0, 100, 60, {}, 0
     )}, now=65.0)  # fmt: skip
     head, first, second = [line.split() for line in text.splitlines()]
     assert head[0] == "INSTANCE"

@@ -47,7 +47,7 @@ class Echo:
     def stats(self): return {"answers": 1.0}
     def snapshot(self): return None
 
-main(CacheSettings, lambda settings: settings.mesh, "cache", Echo, prog="echo")
+main(CacheSettings, "cache", Echo, prog="echo")
 """
 
 
@@ -91,7 +91,7 @@ async def test_service_lives_from_start_to_drain(tmp_path: Path) -> None:
         async with watching(server.url) as (bus, beats), echo(server.url, tmp_path) as process:
             await ready(beats)
             reply = await bus.ask(subjects.control("cache", "cache-0"), Control("stats"), ControlReply, timeout_s=5)
-            assert reply == ControlReply(True, "ready", stats={"answers": 1.0})
+            assert reply == ControlReply("ready", {"answers": 1.0})
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
             await until(lambda: beats[-1].state == "dead")

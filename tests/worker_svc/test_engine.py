@@ -354,10 +354,10 @@ def test_higher_epoch_replaces_a_lower_one_and_stale_commands_do_nothing() -> No
     assert fresh.ended == [("r0", 2)] and {row.epoch for row in fresh.outputs[0].rows} == {3}
 
 
-def test_hundreds_of_random_drops_leave_no_block_behind() -> None:
+def test_random_drops_leave_no_block_behind() -> None:
     engine, runner = make_engine(TokenRunner(num_blocks=24))
     rng, record = random.Random(7), Record()
-    for i in range(300):
+    for i in range(150):
         commands: list[object] = []
         if rng.random() < 0.6:
             choices = rng.randint(1, 3)
@@ -375,7 +375,7 @@ def test_hundreds_of_random_drops_leave_no_block_behind() -> None:
         step(engine, commands, record)
     run(engine, record=record)
     assert engine.pool.num_free_blocks == runner.num_blocks
-    assert len(record.ended) == len(set(record.ended)) > 100
+    assert len(record.ended) == len(set(record.ended)) > 50
 
 
 # ---- the cache service ----

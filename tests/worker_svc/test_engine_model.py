@@ -205,6 +205,7 @@ def test_thread_serves_a_folder(tmp_path: Path) -> None:
     outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
     engine.start(outputs.put)
     assert engine.block_bytes == BLOCK_BYTES and engine.layout
+    assert engine.load.loaded == 1.0
     sampling = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
     engine.submit(Add(make_request([5, 6, 7], digest=model_folder.digest(folder), sampling=sampling)))
     record = Record()

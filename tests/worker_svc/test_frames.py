@@ -29,7 +29,7 @@ rows_strategy = st.lists(
 
 
 def frames_of(rows: list[TokenRow], numbers: dict[str, int] | None = None) -> dict[str, TokenFrame]:
-    found = to_frames(rows, {} if numbers is None else numbers, worker="w1", worker_epoch=7, now=1.5)
+    found = to_frames(rows, {} if numbers is None else numbers, worker="w1", worker_epoch=7)
     # As it arrives: every frame made here is one that the other side takes.
     return {gateway: codec.decode(codec.encode(frame), TokenFrame) for gateway, frame in found}
 

@@ -65,7 +65,7 @@ class Worker:
 
     def done(self) -> float:
         stats = self.transfer.stats()
-        return sum(stats[f"offload_{name}"] for name in ("sent", "already_held", "dropped", "failed"))
+        return sum(stats[f"offload_{name}_total"] for name in ("sent", "already_held", "dropped", "failed"))
 
     async def load(self, numbers: Sequence[int]) -> int:
         """How many blocks came, each checked."""
@@ -113,10 +113,10 @@ async def caches(url: str, *names: str) -> AsyncIterator[list[CacheService]]:
 async def test_offloaded_blocks_are_loaded_by_another_worker(url: str) -> None:
     async with caches(url, "c1"), worker(url, ["c1"]) as first, worker(url, ["c1"]) as second:
         await first.offload(range(40))
-        assert first.transfer.stats()["offload_sent"] == 40
+        assert first.transfer.stats()["offload_sent_total"] == 40
         assert await second.load(range(40)) == 40
         assert second.engine.load_bytes_per_s > 0
-        assert second.transfer.stats()["load_bytes"] == 40 * BLOCK_BYTES
+        assert second.transfer.stats()["load_bytes_total"] == 40 * BLOCK_BYTES
 
 
 async def test_blocks_are_shared_out_over_all_shards(url: str) -> None:
@@ -133,15 +133,15 @@ async def test_what_the_cache_holds_already_is_not_sent_again(url: str) -> None:
         await one.offload([1, 2])
         await one.offload([1, 2, 3])
         stats = one.transfer.stats()
-        assert (stats["offload_sent"], stats["offload_already_held"]) == (3, 2)
-        assert service.stats()["put_known"] == 0
+        assert (stats["offload_sent_total"], stats["offload_already_held_total"]) == (3, 2)
+        assert service.stats()["put_known_total"] == 0
 
 
 async def test_a_load_ends_at_the_first_block_that_is_missing(url: str) -> None:
     async with caches(url, "c1"), worker(url, ["c1"]) as one:
         await one.offload([0, 1, 3, 4])
         assert await one.load([0, 1, 2, 3, 4]) == 2
-        assert one.transfer.stats()["load_bytes"] == 2 * BLOCK_BYTES
+        assert one.transfer.stats()["load_bytes_total"] == 2 * BLOCK_BYTES
         assert await one.load([2, 3, 4]) == 0
 
 
@@ -149,7 +149,7 @@ async def test_a_lost_shard_costs_its_share_only(url: str) -> None:
     async with caches(url, "c1"), worker(url, ["c1", "gone"]) as one:
         await one.offload(range(20))
         stats = one.transfer.stats()
-        assert stats["offload_sent"] > 0 and stats["offload_failed"] == 20 - stats["offload_sent"]
+        assert stats["offload_sent_total"] > 0 and stats["offload_failed_total"] == 20 - stats["offload_sent_total"]
         mine = [n for n in range(20) if pick_shard(cache_key(b"fake", HASHES[n]), ["c1", "gone"]) == "c1"]
         assert await one.load(mine) == len(mine)
         assert await one.load(range(20)) < 20
@@ -160,7 +160,7 @@ async def test_without_a_cache_the_engine_is_answered_at_once_with_nothing(url: 
         assert not one.engine.remote_cache_available
         assert await one.load(range(4)) == 0
         await one.offload([1, 2])
-        assert one.transfer.stats()["offload_dropped"] == 2
+        assert one.transfer.stats()["offload_dropped_total"] == 2
 
 
 async def test_the_engine_knows_whether_there_is_a_cache(url: str) -> None:
@@ -174,7 +174,7 @@ async def test_what_the_queue_has_no_room_for_is_dropped_and_counted(url: str) -
     async with caches(url, "c1"), worker(url, ["c1"], max_queued_bytes=3 * BLOCK_BYTES) as one:
         await one.offload(range(10))
         stats = one.transfer.stats()
-        assert (stats["offload_sent"], stats["offload_dropped"]) == (3, 7)
+        assert (stats["offload_sent_total"], stats["offload_dropped_total"]) == (3, 7)
         assert stats["offload_queued_bytes"] == 0
 
 
@@ -239,14 +239,14 @@ async def test_a_block_that_is_not_right_ends_the_load_before_it(
 ) -> None:
     async with bad_cache(url, answer_with(make)), worker(url, ["c1"]) as one:
         assert await one.load(range(5)) == 2
-        assert one.transfer.stats()["load_corrupt"] >= 1
+        assert one.transfer.stats()["load_corrupt_total"] >= 1
 
 
 async def test_a_cache_that_does_not_answer_costs_no_more_than_the_limit(url: str) -> None:
     never = asyncio.Event()
     async with bad_cache(url, answer_with(whole), never), worker(url, ["c1"], load_limit_s=0.2) as one:
         assert await one.load(range(40)) == 0
-        assert one.transfer.stats()["load_failed"] > 0
+        assert one.transfer.stats()["load_failed_total"] > 0
         never.set()
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from tests.support.ring import make_request
 from weft import model_folder
-from weft.columns import unpack_u32
 from weft.messages import BlockHash
 from weft.settings import ModelSettings
 from worker_svc import reports
 from worker_svc.engine_io import EngineLoad
-from worker_svc.held import HeldTable
 from worker_svc.reports import Reports
 
 
@@ -31,15 +28,6 @@ def test_kv_events_count_from_one_and_a_snapshot_has_the_last_number() -> None:
     assert [made.kv_events([block_hash], []).sequence for _ in range(3)] == [1, 2, 3]
     snapshot = made.kv_snapshot([block_hash])
     assert (snapshot.sequence, snapshot.snapshot, snapshot.stored) == (3, True, block_hash)
-
-
-def test_each_gateway_gets_the_claims_on_its_own_requests() -> None:
-    table = HeldTable()
-    for request_id, gateway in (("a", "g1"), ("b", "g2"), ("c", "g1")):
-        table.take(make_request(request_id, epoch=4, gateway=gateway), {})
-    claims = dict(Reports("w1", 7).claims(table))
-    assert {gateway: found.request_ids for gateway, found in claims.items()} == {"g1": ["a", "c"], "g2": ["b"]}
-    assert unpack_u32(claims["g1"].epochs) == [4, 4]
 
 
 def test_schedulers_that_are_gone_leave_the_books_when_there_are_many() -> None:

@@ -22,6 +22,7 @@ from weft.hashing import BLOCK_SIZE
 from weft.messages import FINISH_LENGTH, HEARTBEAT_TIMEOUT_S, Assignment, Control, Heartbeat, KvEvents, TokenizedRequest
 from weft.service import Context
 from weft.settings import CacheSettings, MeshSettings, ModelSettings, WorkerSettings, to_environ
+from worker_svc.engine_io import Add
 from worker_svc.service import WorkerService
 
 ENDLESS = 2000  # tokens, of a stream that a test ends
@@ -79,7 +80,7 @@ async def test_a_full_worker_hands_the_assignment_back_to_its_scheduler(url: str
         near.assign("w1", make_request("r2", slots=(2,)))
         await until(lambda: near.declined)
         assert near.declined[0].request.request_id == "r2"
-        assert near.declined[0].reason == "full"
+        assert near.declined[0].worker == "w1"
         await until(lambda: near.statuses and near.statuses[-1].accepted == {"s1": 2})
         near.cancel("r1")
 
@@ -239,6 +240,24 @@ async def test_an_engine_that_stands_still_is_not_live_and_claims_nothing(url: s
         assert context.state == "ready"
 
 
+async def test_a_worker_whose_engine_fails_dies_and_hands_nothing_on(url: str, near: Neighbours) -> None:
+    mesh = MeshSettings(nats_url=url, instance="w1")
+    context = Context("worker", mesh)
+    service = WorkerService(WorkerSettings(mesh=mesh, model=ModelSettings(), engine="null"), context)
+    beats: list[Heartbeat] = []
+    await near.gateway_bus.on(subjects.alive("worker", "w1"), Heartbeat, beats.append)
+    with pytest.raises(AttributeError):
+        async with ring.running(context, service) as process:
+            near.assign("w1", make_request(max_tokens=ENDLESS))
+            await until(near.frames.__len__)
+            assert service._engine is not None
+            service._engine.submit(Add(None))  # type: ignore[arg-type]  # as good as a machine that fails
+            await asyncio.wait({process}, timeout=10)
+    await until(lambda: beats[-1].state == "dead")
+    # Handed on, the request would take the next worker with it, and the next: nobody would count the deaths.
+    assert near.kinds() == ["started"]
+
+
 async def test_a_drain_lets_what_runs_finish(url: str, near: Neighbours) -> None:
     async with worker(url, null_tokens_per_s=100.0) as context:
         near.assign("w1", make_request(max_tokens=30))
@@ -247,7 +266,7 @@ async def test_a_drain_lets_what_runs_finish(url: str, near: Neighbours) -> None
         await until(lambda: near.statuses[-1].state == "draining")
         near.assign("w1", make_request("r2", slots=(1,)))
         await until(lambda: near.declined)
-        assert near.declined[0].reason == "draining"
+        assert near.declined[0].worker == "w1"
     assert near.finishes() == {0: FINISH_LENGTH}
     assert "lost" not in near.kinds()
 
@@ -350,7 +369,7 @@ async def test_without_a_cache_service_a_worker_computes(url: str, near: Neighbo
         near.assign("w1", make_request(prompt=range(300, 400), model="tales-1m", model_digest=digest))
         await until(near.finishes, timeout_s=30)
         assert near.finishes() == {0: FINISH_LENGTH}
-        assert service.stats()["kv_offload_offered"] == 0
+        assert service.stats()["kv_offload_offered_total"] == 0
         # Its blocks are news for the schedulers all the same.
         snapshot = service.snapshot()
         assert snapshot is not None and len(snapshot.stored) == 16 * (102 // BLOCK_SIZE)

@@ -36,7 +36,7 @@ def draw(logs: dict[str, Records], out: Path) -> None:
     for colour, (model, records) in zip(("#1b6ca8", "#c8553d"), logs.items(), strict=False):
         for name, label, style in LINES:
             axes.plot(*series(records, name), color=colour, label=f"{model}, {label}", **style)
-    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", ylim=(2.5, 6.0))
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", ylim=(1.5, 6.0))
     axes.grid(alpha=0.2)
     axes.legend(frameon=False)
     figure.savefig(out)

@@ -30,6 +30,13 @@ WORDINGS = [
     "Do you have a tale of {who} for me?",
     "Please invent a bedtime story with {who}!",
 ]
+SAMPLED_REQUESTS = [
+    "Tell me a tale about a fox",
+    "Tell me a story about a princess and a dragon",
+    "A tale about an umbrella, please",
+    "Hello!",
+    "What is two and two?",
+]
 TEMPERATURE = 0.8
 _SENTENCE_BREAK = re.compile(r"(?<=[.!?])['\"]*\s+")
 
@@ -81,16 +88,18 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: list[str],
-    temperature: float,
+    temperature: float | None,
     max_tokens: int,
 ) -> list[str]:
-    """Answer all requests as one batch; temperature 0 is greedy."""
+    """Answer all requests as one batch; temperature 0 is greedy, None samples as the model's own defaults say."""
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": r}], tokenize=False, add_generation_prompt=True)
         for r in requests
     ]
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    options = {"do_sample": True, "temperature": temperature, "top_p": 1.0} if temperature else {"do_sample": False}
+    options: dict[str, object] = {}
+    if temperature is not None:
+        options = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": 1.0}
     output = model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
@@ -161,7 +170,7 @@ def main() -> None:
         "heldout": heldout_losses(model, tokenizer, text),
         "heldout_by_position": losses_by_position(model, tokenizer, text),
         "noun_hits": noun_hit_rates(model, tokenizer),
-        "samples": generate(model, tokenizer, [w.format(who="a fox") for w in WORDINGS], TEMPERATURE, 200),
+        "samples": {request: generate(model, tokenizer, [request], None, 200)[0] for request in SAMPLED_REQUESTS},
     }
     if arguments.draft:
         results["acceptance"] = acceptance(model, load(arguments.draft)[0], tokenizer)

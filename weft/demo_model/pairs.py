@@ -15,7 +15,7 @@ from weft.demo_model.corpus import Tale
 
 Chat = list[tuple[str, str]]
 
-TALE_CHARS = (160, 560)
+TALE_CHARS = (300, 800)
 SORTS = {
     "animal": words.ANIMALS + words.CREATURES,
     "man": words.MEN,
@@ -29,7 +29,7 @@ _DETERMINED_NOUN = re.compile(
     r"([a-z]+(?:-[a-z]+)*)",
     re.IGNORECASE,
 )
-_SENTENCE_BREAK = re.compile(r"(?<=[a-z][.!?])(?:['\"]*)\s+(?=['\"A-Z])")
+_SENTENCE_END = re.compile(r"(?<=[a-z])([.!?]['\"]*)(?=\s+['\"A-Z])")
 _CONSONANT_SOUNDS = ("one", "uni", "ewe")
 _QUESTION_START = ("can", "could", "do", "would", "may", "how", "what", "who", "why", "are", "and then", "and what")
 
@@ -45,7 +45,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Who a tale is asked for: `phrase` is the noun with its article and what else the request says of it."""
+    """Whom a tale is asked for: `phrase` is the noun with its article and what else the request says of it."""
 
     noun: str
     phrase: str
@@ -243,7 +243,7 @@ def _find_passages(tales: list[Tale]) -> list[Passage]:
     passages = []
     for i, tale in enumerate(tales):
         for j, paragraph in enumerate(tale.paragraphs):
-            noun = _first_noun(_SENTENCE_BREAK.split(paragraph, maxsplit=1)[0])
+            noun = _first_noun(_SENTENCE_END.split(paragraph, maxsplit=1)[0])
             if noun and paragraph[0].isupper():
                 passages.append(Passage(i, j, noun))
     return passages
@@ -278,25 +278,11 @@ def _join(opening: str, body: str, rng: Random) -> str:
 
 
 def _shorten(paragraphs: list[str], rng: Random) -> str:
-    """Take whole paragraphs up to a random length, or whole sentences where the first paragraph alone is longer."""
+    """End the text with the first sentence that reaches a random length."""
+    text = "\n\n".join(paragraphs)
     budget = rng.randint(*TALE_CHARS)
-    if len(paragraphs[0]) > budget:
-        return _first_sentences(paragraphs[0], budget)
-    taken: list[str] = []
-    for paragraph in paragraphs:
-        if sum(map(len, taken)) + len(paragraph) > budget:
-            break
-        taken.append(paragraph)
-    return "\n\n".join(taken)
-
-
-def _first_sentences(paragraph: str, budget: int) -> str:
-    end = len(paragraph)
-    for match in _SENTENCE_BREAK.finditer(paragraph):
-        if match.start() > budget:
-            break
-        end = match.end()
-    return paragraph[:end].rstrip()
+    ends = (match.end(1) for match in _SENTENCE_END.finditer(text))
+    return text[: next((end for end in ends if end >= budget), len(text))]
 
 
 def _capitalise(text: str) -> str:

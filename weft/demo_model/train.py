@@ -222,7 +222,7 @@ def build_model(size: Size, tokenizer: Tokenizer) -> LlamaForCausalLM:
         **special,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, **special)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.95, **special)
     return model
 
 
