@@ -17,7 +17,7 @@ up: install
 	$(BIN)/weft up
 
 test: install
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -280,7 +280,8 @@ class RequestTable:
             if request.submit_at is None and request.holder in (None, (role, instance))
         ]
         for number, request in enumerate(lost):
-            if role == "worker" and request.holder is not None:
+            # One that was on its way counts too: it may have ended the worker before anybody could claim it.
+            if role == "worker":
                 self._count_death(request)
             self._recover(request, now, delay_s=number // RECOVERIES_AT_ONCE * RECOVERY_PAUSE_S)
         self._next_sequence = {key: value for key, value in self._next_sequence.items() if key[0] != instance}

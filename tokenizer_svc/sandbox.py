@@ -2,7 +2,7 @@
 
 Templates come with a model and see what clients write, so neither may cost the service its memory. jinja2's sandbox
 keeps them from Python's internals; here every operation that can make much out of little is capped besides. Time is
-not bounded here: see `render.py`. A cap that is passed raises `SecurityError`.
+not bounded here: see `deadline_threads.py`. A cap that is passed raises `SecurityError`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Final, Literal, TypeVar
 
 from tokenizer_svc import chat, encode, prompt
 from tokenizer_svc.chat import ChatTemplate
+from tokenizer_svc.deadline_threads import DeadlineThreads
 from tokenizer_svc.encode import TextTokenizer
-from tokenizer_svc.render import DeadlineThreads
 from weft import limits, model_folder, subjects
 from weft.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, WeftError
 from weft.holder import make_claims

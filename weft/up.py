@@ -105,7 +105,7 @@ def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, envi
 def _tail_of(folder: DataFolder) -> str:
     """What tells one `weft up` from all others and stays the same when it is started again.
 
-    Host and data folder, of which only one `weft up` at a time holds the lock. The cache's blocks are found by its name.
+    Host and data folder, whose lock only one `weft up` holds. The cache's blocks are found by the name of its instance.
     """
     host = "".join(c for c in socket.gethostname() if c.isalnum())[:20]
     return f"-{host}-{hashlib.blake2b(str(folder.root.resolve()).encode(), digest_size=3).hexdigest()}"

@@ -69,6 +69,13 @@ def test_streamed_chat_equals_the_whole_one(client: OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
 
 
+@pytest.mark.parametrize("noun", ["fox", "king", "witch"])
+def test_a_tale_about_somebody_begins_with_somebody(client: OpenAI, noun: str) -> None:
+    request: Any = [{"role": "user", "content": f"Tell me a tale about a {noun}"}]
+    answer = client.chat.completions.create(model=MODEL, messages=request, max_tokens=60, temperature=0)
+    assert noun in ".".join((answer.choices[0].message.content or "").split(".")[:2]).lower()
+
+
 async def test_async_client_streams_many_at_once(mesh: Up) -> None:
     async with AsyncOpenAI(base_url=f"{mesh.url}/v1", api_key="none", max_retries=0) as client:
 

@@ -9,7 +9,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from gateway.detokenize import ByteLevelDetokenizer, TokenWiseDetokenizer, Vocabulary, WholeDetokenizer
+from gateway.detokenize import (
+    ByteLevelDetokenizer,
+    TokenWiseDetokenizer,
+    Vocabulary,
+    WholeDetokenizer,
+    bytes_to_text,
+)
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = ["Ġhello", "Ġworld", "âĤ¬", "ðŁĺ", "Ģ", "ĠðŁĺĢ", "ÃŃ", "plain text", "¯\\_", "日本"]

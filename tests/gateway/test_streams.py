@@ -267,6 +267,15 @@ def test_a_request_that_takes_its_workers_with_it_fails() -> None:
     assert len(world.submissions) == MAX_WORKER_DEATHS
 
 
+def test_a_request_that_ends_its_workers_before_they_can_claim_it_fails() -> None:
+    world = World()
+    for death in range(MAX_WORKER_DEATHS):
+        assert not world.reader.errors
+        world.table.on_left("worker", f"w{death}", world.now)
+        world.at(world.now + 2.0)
+    assert isinstance(world.reader.errors[0], WorkerLost)
+
+
 def test_a_request_that_goes_on_between_the_deaths_of_its_workers_is_not_their_cause() -> None:
     world = World()
     for death in range(3 * MAX_WORKER_DEATHS):

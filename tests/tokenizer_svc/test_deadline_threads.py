@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.support.wait import until
-from tokenizer_svc import render
-from tokenizer_svc.render import DeadlineThreads
+from tokenizer_svc import deadline_threads
+from tokenizer_svc.deadline_threads import DeadlineThreads
 from weft.errors import InvalidRequest, Overloaded, WeftError
 
 
@@ -85,7 +85,7 @@ async def test_call_that_python_cannot_stop_is_counted_and_later_ones_still_run(
 async def test_service_is_not_live_when_no_thread_is_left(
     threads: DeadlineThreads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(render, "MAX_THREADS", 2)
+    monkeypatch.setattr(deadline_threads, "MAX_THREADS", 2)
     blocked = threading.Event()
     for _ in range(2):
         with pytest.raises(InvalidRequest):
@@ -96,8 +96,8 @@ async def test_service_is_not_live_when_no_thread_is_left(
 
 
 async def test_waiting_calls_are_bounded(threads: DeadlineThreads, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "MAX_THREADS", 1)
-    monkeypatch.setattr(render, "MAX_WAITING", 2)
+    monkeypatch.setattr(deadline_threads, "MAX_THREADS", 1)
+    monkeypatch.setattr(deadline_threads, "MAX_WAITING", 2)
     go = threading.Event()
     tasks = [asyncio.create_task(threads.call(lambda: go.wait(5), late)) for _ in range(3)]
     await asyncio.sleep(0)
@@ -108,7 +108,7 @@ async def test_waiting_calls_are_bounded(threads: DeadlineThreads, monkeypatch: 
 
 
 async def test_cancelled_call_is_not_run(threads: DeadlineThreads, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "MAX_THREADS", 1)
+    monkeypatch.setattr(deadline_threads, "MAX_THREADS", 1)
     go, ran = threading.Event(), []
     first = asyncio.create_task(threads.call(lambda: go.wait(5), late))
     second = asyncio.create_task(threads.call(lambda: ran.append(1), late))
