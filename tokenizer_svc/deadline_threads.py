@@ -79,8 +79,13 @@ class DeadlineThreads:
         return await future
 
     def close(self) -> None:
-        for thread in (*self._idle, *self._busy):
+        """End all threads; calls that still run are stopped, since nobody waits for them."""
+        for thread in self._idle:
             thread.put(None)
+        for thread in self._busy:
+            if thread.timer is not None:
+                thread.timer.cancel()
+            thread.interrupt()
 
     def _start_next(self) -> None:
         while self._waiting:

@@ -119,3 +119,14 @@ async def test_cancelled_call_is_not_run(threads: DeadlineThreads, monkeypatch: 
     await first
     assert await threads.call(lambda: 3, late) == 3
     assert not ran
+
+
+async def test_closing_stops_the_calls_that_run() -> None:
+    threads = DeadlineThreads(60.0)
+    before = set(threading.enumerate())
+    running = asyncio.create_task(threads.call(lambda: spin(threading.Event()), late))
+    await until(lambda: set(threading.enumerate()) - before)
+    (thread,) = set(threading.enumerate()) - before
+    threads.close()
+    await until(lambda: not thread.is_alive())
+    running.cancel()
