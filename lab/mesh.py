@@ -81,7 +81,8 @@ def many_streams(num_streams: int = 256, rate: float = 30.0, seconds: float = 20
 def mesh_against_engine(repeats: int = 5, concurrent: int = 16) -> list[Figure]:
     """The same prompts through the whole mesh and through the engine alone in one process, in turn."""
     ratios, meshes, engines = [], [], []
-    with ring.running("--prefix-cache", "false", "--kv-offload", "false") as mesh, bare.process() as engine:
+    flags = ("--prefix-cache", "false", "--kv-offload", "false")
+    with ring.running(*flags) as mesh, bare.process(*flags) as engine:
         for repeat in range(repeats + 1):
             prompts = [_prompt(1000 * repeat + number, 64) for number in range(concurrent)]
             seconds, tokens = _timed_mesh(mesh.port, prompts, 128)
