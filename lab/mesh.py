@@ -78,7 +78,7 @@ def many_streams(num_streams: int = 256, rate: float = 30.0, seconds: float = 20
     ]
 
 
-def mesh_against_engine(repeats: int = 5, concurrent: int = 16) -> list[Figure]:
+def mesh_against_engine(repeats: int = 15, concurrent: int = 16) -> list[Figure]:
     """The same prompts through the whole mesh and through the engine alone in one process, in turn."""
     ratios, meshes, engines = [], [], []
     flags = ("--prefix-cache", "false", "--kv-offload", "false")
