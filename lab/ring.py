@@ -24,7 +24,6 @@ class Ring:
     port: int
     pid: int
     started_at: float  # perf_counter seconds, before the process was started
-    ready_at: float
 
     def cpu_s(self, module: str) -> float:
         """CPU seconds that the service `module` (one process or several) has used so far."""
@@ -48,7 +47,7 @@ def running(*flags: str, wait_s: float = 120.0) -> Iterator[Ring]:
         process = subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.STDOUT)
         try:
             _wait_ready(process, port, wait_s, Path(folder) / "out")
-            yield Ring(port, process.pid, started_at, time.perf_counter())
+            yield Ring(port, process.pid, started_at)
         finally:
             process.send_signal(signal.SIGINT)
             try:
