@@ -8,3 +8,7 @@ import os
 # of a tiny model took 20 times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+# Before anything imports triton: without a GPU the kernels run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton 3.9 warns if this is not said; fused multiply-add is what the kernels' tolerances allow for.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
