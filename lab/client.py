@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 
+_CHOICE = b'"choices":[{'  # no text can hold it: quotes in it are escaped
+
+
 @dataclass(slots=True)
 class Stream:
     """What one streamed request saw; times are `time.perf_counter()` seconds."""
@@ -42,8 +45,8 @@ class _Reader(asyncio.Protocol):
         stream = self._stream
         if not stream.status:
             stream.status = int(data[9:12])
-        events = data.count(b'data: {"id"')
-        stream.chunk_times += [now] * events
+        # What is carried over is too short to hold an event that was counted before.
+        stream.chunk_times += [now] * (self._tail[1 - len(_CHOICE) :] + data).count(_CHOICE)
         # Usage comes last, in an event of its own, perhaps cut in two.
         self._tail = (self._tail + data)[-2048:]
         if b"[DONE]" in self._tail or stream.status != 200:

@@ -1,4 +1,4 @@
-"""A whole mesh as users start it, for a benchmark: `weft up` in a process, on a free port."""
+"""A whole mesh as users start it, for a benchmark: `weft up` in a process, on a free port; any other server likewise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,20 +41,35 @@ def running(*flags: str, wait_s: float = 120.0) -> Iterator[Ring]:
     """Run `weft up` with these flags until the block ends. Raises RuntimeError with its output if it fails to start."""
     port = free_port()
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WEFT_")}
-    with tempfile.TemporaryDirectory(prefix="weft-lab-") as folder, (Path(folder) / "out").open("w+") as output:
+    with tempfile.TemporaryDirectory(prefix="weft-lab-") as folder:
         command = [str(Path(sys.executable).parent / "weft"), "up", "--port", str(port), "--data-path", folder, *flags]
         started_at = time.perf_counter()
-        process = subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.STDOUT)
+        with server(command, environ, f"http://127.0.0.1:{port}/ready", wait_s) as pid:
+            yield Ring(port, pid, started_at)
+
+
+@contextmanager
+def server(command: list[str], environ: dict[str, str], ready_url: str, wait_s: float) -> Iterator[int]:
+    """Run a server, whose process id this gives, from when `ready_url` answers until the block ends.
+
+    Raises:
+        RuntimeError: it did not get ready; with what it wrote.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        # In a session of its own, so that no process it started outlives it.
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True)
         try:
-            _wait_ready(process, port, wait_s, Path(folder) / "out")
-            yield Ring(port, process.pid, started_at)
+            if not _is_ready(process, ready_url, time.perf_counter() + wait_s):
+                output.seek(0)
+                raise RuntimeError(f"{' '.join(command)} did not get ready:\n{output.read()}")
+            yield process.pid
         finally:
             process.send_signal(signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def free_port() -> int:
@@ -63,17 +78,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_ready(process: subprocess.Popen[bytes], port: int, wait_s: float, output: Path) -> None:
-    deadline = time.perf_counter() + wait_s
-    while time.perf_counter() < deadline:
-        if process.poll() is not None:
-            break
+def _is_ready(process: subprocess.Popen[bytes], url: str, deadline: float) -> bool:
+    while process.poll() is None and time.perf_counter() < deadline:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2):
-                return
+            with urllib.request.urlopen(url, timeout=2):
+                return True
         except (urllib.error.URLError, OSError):
             time.sleep(0.02)
-    raise RuntimeError(f"weft up did not get ready:\n{output.read_text()}")
+    return False
 
 
 def _children(pid: int) -> list[int]:

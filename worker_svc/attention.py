@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from weft.hashing import BLOCK_SIZE
+from worker_svc.backends.backend import AttentionKind
 
 # A sequence joins a group while the padded keys (times queries) this wastes cost less than one more group would: about
 # 30 us of calls a layer against 0.1 us a key of a small model (one thread, AMD EPYC with AVX2, 2026).
@@ -104,7 +105,7 @@ def plan_group(
     )
 
 
-def attend(q: torch.Tensor, kv: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+def attend(q: torch.Tensor, kv: torch.Tensor, groups: Sequence[Group], kind: AttentionKind) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over each sequence's keys.
 
     Args:
@@ -114,11 +115,11 @@ def attend(q: torch.Tensor, kv: torch.Tensor, groups: Sequence[Group]) -> torch.
     Returns:
         [T, H * D].
     """
-    outputs = [_attend_group(q[group.start : group.stop], kv, group) for group in groups]
+    outputs = [_attend_group(q[group.start : group.stop], kv, group, kind.softmax_scale) for group in groups]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend_group(q: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+def _attend_group(q: torch.Tensor, kv: torch.Tensor, group: Group, scale: float) -> torch.Tensor:
     num_rows, num_heads, head_dim = q.shape
     count, num_kv_heads = group.num_sequences, len(kv) // 2
     gathered = kv.index_select(1, group.key_slots).view(2, num_kv_heads, count, -1, head_dim)
@@ -126,11 +127,11 @@ def _attend_group(q: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tens
     if group.num_queries == 1:
         # The heads that share a KV head are as good as queries of one head that see the same keys.
         queries = q.view(count, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, scale=scale)
         return attended.reshape(num_rows, -1)
     queries = q.view(count, group.num_queries, num_heads, head_dim).transpose(1, 2)
     attended = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=group.mask, is_causal=group.is_causal, enable_gqa=True
+        queries, keys, values, attn_mask=group.mask, is_causal=group.is_causal, scale=scale, enable_gqa=True
     )
     return attended.transpose(1, 2).reshape(num_rows, -1)
 

@@ -47,9 +47,10 @@ from worker_svc.engine_io import (
     TokenRow,
 )
 from worker_svc.kv_exchange import KvExchange
-from worker_svc.runner import Runner, StepInput
+from worker_svc.runner import Runner
 from worker_svc.sampler import Logprobs, Sampler, Samples
 from worker_svc.sequence import Request, Sequence, State, make_sequences
+from worker_svc.step_input import make_step_input
 
 log = logging.getLogger(__name__)
 
@@ -413,32 +414,3 @@ class Engine:
         if not request.live:
             del self._requests[request.request_id]
             self._out.ended.append((request.request_id, request.epoch))
-
-
-def make_step_input(plan: StepPlan) -> tuple[StepInput, list[Sequence]]:
-    """The plan as the runner's columns, and the sequences of its `logit_rows`: those that have no token left."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    seq_lens: list[int] = []
-    tables: list[list[int]] = []
-    logit_rows: list[int] = []
-    sampled: list[Sequence] = []
-    for sequence, count in plan.num_scheduled_tokens.items():
-        start, table = sequence.num_computed_tokens, sequence.block_table
-        end = start + count
-        if count == 1:
-            token_ids.append(sequence.token_ids[start])
-            positions.append(start)
-            slots.append(table[start // BLOCK_SIZE] * BLOCK_SIZE + start % BLOCK_SIZE)
-        else:
-            token_ids += sequence.token_ids[start:end]
-            positions += range(start, end)
-            slots += [table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(start, end)]
-        seq_lens.append(end)
-        tables.append(table)
-        if end == len(sequence.token_ids):
-            logit_rows.append(len(token_ids) - 1)
-            sampled.append(sequence)
-    query_lens = list(plan.num_scheduled_tokens.values())
-    return StepInput(token_ids, positions, slots, query_lens, seq_lens, tables, logit_rows), sampled

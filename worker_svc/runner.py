@@ -6,9 +6,7 @@ Knows tokens, positions and slots; what they belong to, and why, is the engine's
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -16,9 +14,11 @@ import torch
 from weft.errors import DecodeError, SettingsError
 from weft.hashing import BLOCK_SIZE
 from weft.model_folder import ModelFolder
-from worker_svc.attention import group_sequences, plan_group
+from worker_svc.backends.torch_backend import TorchBackend
 from worker_svc.models import read_spec
-from worker_svc.models.decoder import Batch, Decoder
+from worker_svc.models.decoder import Decoder, asked_by
+from worker_svc.models.loader import Loader
+from worker_svc.step_input import StepInput
 from worker_svc.weights import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -30,19 +30,6 @@ DEFAULT_THREADS: Final = torch.get_num_threads()
 # A share of the cores for the mesh's other processes: one of each eight, at least one.
 CORES_PER_MESH_CORE: Final = 8
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """What one step computes: some tokens of each of B sequences, T in all. Prefill and decode are not told apart."""
-
-    token_ids: list[int]  # [T] the tokens this step computes, sequence after sequence
-    positions: list[int]  # [T]
-    slot_mapping: list[int]  # [T] block_id * BLOCK_SIZE + offset: where each token's K and V go
-    query_lens: list[int]  # [B] tokens of each sequence in this step
-    seq_lens: list[int]  # [B] its tokens after this step
-    block_tables: list[list[int]]  # [B][blocks of the sequence, in order]
-    logit_rows: list[int]  # rows of [T] whose logits are wanted
 
 
 class Runner:
@@ -74,10 +61,12 @@ class Runner:
         self._dtype = resolve_dtype(dtype, folder, self.device)
         torch.set_num_threads(resolve_threads(threads, DEFAULT_THREADS))
         spec = read_spec(folder)
+        self._backend = TorchBackend(self.device, self._dtype)
         with torch.inference_mode(), Checkpoint(folder.path) as checkpoint:
             checkpoint.on_progress = on_progress
-            self._decoder = Decoder(spec, checkpoint, self._dtype, self.device)
-        self._windows = sorted(set(spec.windows), key=lambda window: window or 0)
+            checkpoint.check(asked_by(spec, self._backend))
+            self._decoder = Decoder(spec, Loader(checkpoint, self._backend), self._backend)
+        self._kinds = frozenset(spec.attention_kinds)
         self.vocab_size = spec.vocab_size
         self._key_bytes = 2 * spec.num_kv_heads * spec.head_dim * self._dtype.itemsize
         self.block_bytes = spec.num_layers * BLOCK_SIZE * self._key_bytes
@@ -107,7 +96,8 @@ class Runner:
     @torch.inference_mode()
     def forward(self, step: StepInput) -> torch.Tensor:
         """Compute the step and write its K and V. Returns logits: [len(logit_rows), V] float32, on the device."""
-        return self._decoder.forward(self._make_batch(step), self._kv_cache)
+        batch = self._backend.make_batch(step, self._kinds, self._key_bytes)
+        return self._decoder.forward(batch, self._kv_cache)
 
     @torch.inference_mode()
     def copy_block(self, source: int, target: int) -> None:
@@ -143,36 +133,6 @@ class Runner:
         """The cache by block: [L * 2 * KH, N, S * D]."""
         head_dim = self._kv_cache.shape[-1]
         return self._kv_cache.view(-1, self.num_blocks, BLOCK_SIZE * head_dim)
-
-    def _make_batch(self, step: StepInput) -> Batch:
-        """Put the rows into the order of the attention's groups, and everything on the device."""
-        members = group_sequences(step.query_lens, step.seq_lens, key_bytes=self._key_bytes)
-        rows = _row_order(members, step.query_lens)
-        row_of = {row: new for new, row in enumerate(rows)}
-        logit_rows = [row_of[row] for row in step.logit_rows]
-        columns = (step.token_ids, step.positions, step.slot_mapping)
-        inputs = torch.tensor([[column[row] for row in rows] for column in columns], dtype=torch.int64)
-        token_ids, positions, slots = inputs.to(self.device).unbind(0)
-        group_sizes = [len(group) * step.query_lens[group[0]] for group in members]
-        starts = list(accumulate(group_sizes, initial=0))
-        groups = {
-            window: tuple(
-                plan_group(
-                    start,
-                    step.query_lens[group[0]],
-                    [step.seq_lens[i] for i in group],
-                    [step.block_tables[i] for i in group],
-                    window=window,
-                    dtype=self._dtype,
-                    device=self.device,
-                )
-                for start, group in zip(starts, members, strict=False)
-            )
-            for window in self._windows
-        }
-        is_all = logit_rows == list(range(len(rows)))
-        wanted = None if is_all else torch.tensor(logit_rows, dtype=torch.int64, device=self.device)
-        return Batch(token_ids, positions, slots, groups, wanted)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -214,9 +174,3 @@ def count_blocks(kv_memory: int, block_bytes: int) -> int:
             f"least {MIN_BLOCKS}"
         )
     return num_blocks
-
-
-def _row_order(groups: Sequence[Sequence[int]], query_lens: Sequence[int]) -> list[int]:
-    """Rows of the step in the order of the groups' sequences."""
-    starts = list(accumulate(query_lens, initial=0))
-    return [row for group in groups for i in group for row in range(starts[i], starts[i + 1])]

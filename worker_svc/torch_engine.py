@@ -14,7 +14,8 @@ from weft.model_folder import ModelFolder
 from weft.settings import WorkerSettings
 from worker_svc.engine import Engine
 from worker_svc.engine_io import Command, EngineLoad, StepOutput
-from worker_svc.runner import Runner, StepInput
+from worker_svc.runner import Runner
+from worker_svc.step_input import StepInput
 
 log = logging.getLogger(__name__)
 

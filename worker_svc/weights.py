@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from weft.errors import SettingsError
-
-Shape = tuple[int, ...]
+from worker_svc.models.loader import Asked, Shape
 
 FLOAT_TYPES: Final = ("F32", "F16", "BF16")
 MAX_INDEX_BYTES: Final = 64 * 2**20
@@ -30,7 +29,7 @@ _HARMLESS: Final = re.compile(r"(.*\.)?rotary_emb\.inv_freq|.*\.attn\.masked_bia
 
 
 class Checkpoint:
-    """The open files of a folder. A context manager."""
+    """The open files of a folder of float weights: a `Source`. A context manager."""
 
     def __init__(self, folder: Path) -> None:
         """Open all files and read their headers.
@@ -57,16 +56,14 @@ class Checkpoint:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
-    def check(self, expected: Mapping[str, Shape], optional: frozenset[str] = frozenset()) -> None:
+    def check(self, asked: Asked) -> None:
         """Compare names, shapes and types with the model's.
-
-        Args:
-            optional: names that may be there or not, and are not read.
 
         Raises:
             SettingsError: names what is missing, unknown, wrongly shaped or of a type that cannot be served.
         """
-        found = {name for name in self._files if name not in optional and not _HARMLESS.fullmatch(name)}
+        expected = asked.by_tensor()
+        found = {name for name in self._files if name not in asked.unread and not _HARMLESS.fullmatch(name)}
         wrong: list[str] = []
         for name in sorted(found & expected.keys()):
             header = self._files[name].get_slice(name)
@@ -83,7 +80,10 @@ class Checkpoint:
         if complaints:
             raise SettingsError(f"{self.name}: {'; '.join(complaints)}")
 
-    def load(self, name: str) -> torch.Tensor:
+    def weight(self, name: str, shape: Shape) -> torch.Tensor:
+        return self.tensor(f"{name}.weight", shape)
+
+    def tensor(self, name: str, shape: Shape) -> torch.Tensor:
         """Read one tensor, on the CPU and in the type it was saved in; may share memory with the mapped file.
 
         Raises:

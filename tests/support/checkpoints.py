@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from worker_svc.backends.torch_backend import TorchBackend
 from worker_svc.models import FAMILIES
-from worker_svc.models.decoder import expected_tensors
-from worker_svc.models.spec import ConfigReader
+from worker_svc.models.config import ConfigReader
+from worker_svc.models.decoder import asked_by
 
 SPECIAL_TOKENS: Final = ("<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
@@ -94,11 +96,13 @@ def make_checkpoint(
 
 def random_weights(config: dict[str, Any], seed: int = 0, std: float = 0.3) -> dict[str, torch.Tensor]:
     """Every tensor that a checkpoint of this config holds; norms are near one."""
-    generator = torch.Generator().manual_seed(seed)
     spec = FAMILIES[config["architectures"][0]](ConfigReader(config, "config"))
     dtype = _DTYPES[config.get("dtype", "float32")]
+    backend = TorchBackend(torch.device("cpu"), dtype)
     weights = {}
-    for name, shape in expected_tensors(spec).items():
+    for name, shape in asked_by(spec, backend).by_tensor().items():
+        # By name, so that a tensor's values do not depend on what else is asked for.
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         noise = torch.randn(shape, generator=generator)
         weights[name] = (1 + 0.1 * noise if "norm" in name else std * noise).to(dtype)
     return weights

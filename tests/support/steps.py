@@ -14,7 +14,8 @@ import torch
 from weft import model_folder
 from weft.hashing import BLOCK_SIZE
 from weft.settings import ModelSettings
-from worker_svc.runner import Runner, StepInput
+from worker_svc.runner import Runner
+from worker_svc.step_input import StepInput
 
 # Of each step: sequence index -> how many more of its tokens are computed.
 Schedule = Iterable[Mapping[int, int]]

@@ -13,7 +13,7 @@ import torch
 
 from weft.columns import pack_u32, unpack_u32
 from weft.hashing import BLOCK_SIZE
-from worker_svc.runner import StepInput
+from worker_svc.step_input import StepInput
 
 NOTHING = 2**32 - 1
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from weft.hashing import BLOCK_SIZE
 from worker_svc.attention import MAX_GATHERED_BYTES, MAX_WASTED_KEYS, attend, group_sequences, plan_group
+from worker_svc.backends.backend import AttentionKind
 
 CPU = torch.device("cpu")
 KEY_BYTES = 1024
@@ -71,7 +72,9 @@ def test_paged_attention_is_dense_attention(
         expected.append(dense(q[i * num_queries : (i + 1) * num_queries], k, v, window))
         tables.append(table)
     group = plan_group(0, num_queries, seq_lens, tables, window=window, dtype=torch.float32, device=CPU)
-    torch.testing.assert_close(attend(q, kv, [group]), torch.cat(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        attend(q, kv, [group], AttentionKind(q.shape[-1] ** -0.5, window)), torch.cat(expected), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_window_bounds_what_is_gathered() -> None:

@@ -11,8 +11,8 @@ from weft.errors import SettingsError
 from weft.messages import SamplingParams
 from weft.model_folder import ModelFolder
 from worker_svc.models import FAMILIES, read_spec
-from worker_svc.models.rope import Rope
 from worker_svc.models.spec import MAX_LAYERS, DecoderSpec
+from worker_svc.rope import Rope
 
 LLAMA3 = {
     "rope_type": "llama3",

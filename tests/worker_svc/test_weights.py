@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.checkpoints import make_checkpoint
 from tests.support.steps import make_runner
 from weft.errors import SettingsError
+from worker_svc.models.loader import Asked
 from worker_svc.weights import Checkpoint
 
 EXPECTED = {"a.weight": (2, 3), "b.weight": (4,)}
@@ -34,7 +35,7 @@ def shard(folder: Path, where: dict[str, str]) -> None:
 
 def refusal(folder: Path, expected: dict[str, tuple[int, ...]] = EXPECTED) -> str:
     with pytest.raises(SettingsError) as refused, Checkpoint(folder) as checkpoint:
-        checkpoint.check(expected)
+        checkpoint.check(Asked(expected, {}, set()))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -42,8 +43,8 @@ def refusal(folder: Path, expected: dict[str, tuple[int, ...]] = EXPECTED) -> st
 def test_tensors_are_read_as_they_were_saved(tmp_path: Path) -> None:
     saved = torch.randn(2, 3).to(torch.bfloat16)
     with Checkpoint(write(tmp_path, a_weight=saved, b_weight=torch.zeros(4))) as checkpoint:
-        checkpoint.check(EXPECTED)
-        assert torch.equal(checkpoint.load("a.weight"), saved)
+        checkpoint.check(Asked(EXPECTED, {}, set()))
+        assert torch.equal(checkpoint.tensor("a.weight", (2, 3)), saved)
 
 
 def test_shards_are_read_like_one_file(tmp_path: Path) -> None:
@@ -52,8 +53,8 @@ def test_shards_are_read_like_one_file(tmp_path: Path) -> None:
     # Such as Mistral's own format beside Hugging Face's: the index does not name it.
     save_file({"c": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
     with Checkpoint(tmp_path) as checkpoint:
-        checkpoint.check(EXPECTED)
-        assert torch.equal(checkpoint.load("b.weight"), b)
+        checkpoint.check(Asked(EXPECTED, {}, set()))
+        assert torch.equal(checkpoint.tensor("b.weight", (4,)), b)
 
 
 def test_missing_unknown_and_wrong_tensors_are_named_in_one_sentence(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_buffers_that_follow_from_the_config_are_ignored(tmp_path: Path) -> None
         tmp_path / "model.safetensors",
     )
     with Checkpoint(tmp_path) as checkpoint:
-        checkpoint.check(EXPECTED)
+        checkpoint.check(Asked(EXPECTED, {}, set()))
 
 
 def test_folder_without_weights_is_refused(tmp_path: Path) -> None:

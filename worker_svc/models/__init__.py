@@ -8,7 +8,8 @@ from typing import Final
 from weft.errors import SettingsError
 from weft.model_folder import ModelFolder
 from worker_svc.models import llama, mistral, qwen2, qwen3
-from worker_svc.models.spec import ConfigReader, DecoderSpec
+from worker_svc.models.config import ConfigReader
+from worker_svc.models.spec import DecoderSpec
 
 # By the name that config.json gives in `architectures`.
 FAMILIES: Final[dict[str, Callable[[ConfigReader], DecoderSpec]]] = {

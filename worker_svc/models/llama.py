@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from worker_svc.models.spec import ConfigReader, DecoderSpec, read_decoder
+from worker_svc.models.config import ConfigReader
+from worker_svc.models.spec import DecoderSpec, read_decoder
 
 
 def read_spec(config: ConfigReader) -> DecoderSpec:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from worker_svc.models.spec import ConfigReader, DecoderSpec, read_decoder
+from worker_svc.models.config import ConfigReader
+from worker_svc.models.spec import DecoderSpec, read_decoder
 
 DEFAULT_WINDOW: Final = 4096
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from worker_svc.models.spec import ConfigReader, DecoderSpec, read_decoder, read_windows
+from worker_svc.models.config import ConfigReader
+from worker_svc.models.spec import DecoderSpec, read_decoder, read_windows
 
 DEFAULT_HEAD_DIM: Final = 128
 

@@ -6,12 +6,13 @@ reads its config into a `DecoderSpec`; `decoder.py` computes any of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from weft.errors import SettingsError
-from worker_svc.models.rope import Rope
+from worker_svc.backends.backend import AttentionKind, HeadShape
+from worker_svc.models.config import ConfigReader
+from worker_svc.rope import Rope
 
 # Far beyond any model there is; bounds what a hostile config can make us build.
 MAX_LAYERS: Final = 1024
@@ -40,42 +41,18 @@ class DecoderSpec:
     def num_layers(self) -> int:
         return len(self.windows)
 
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
 
-@dataclass(frozen=True, slots=True)
-class ConfigReader:
-    """Typed access to a config.json; every error names the file and the key."""
+    @property
+    def heads(self) -> HeadShape:
+        return HeadShape(self.num_heads, self.num_kv_heads, self.head_dim, self.rotary_dim)
 
-    config: Mapping[str, Any]
-    source: str
-
-    def integer(self, key: str, default: int | None = None, *, ge: int = 1, le: int = 2**31) -> int:
-        value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not ge <= value <= le:
-            raise SettingsError(f"{self.source}: {key} is {value!r}, not a whole number from {ge} to {le}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise SettingsError(f"{self.source}: {key} is {value!r}, not a positive number")
-        return float(value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise SettingsError(f"{self.source}: {key} is {value!r}, neither true nor false")
-        return value
-
-    def section(self, key: str) -> ConfigReader:
-        """The object under `key`; an empty one if there is none."""
-        value = self._get(key, {})
-        if not isinstance(value, dict):
-            raise SettingsError(f"{self.source}: {key} is {value!r}, no object")
-        return ConfigReader(value, f"{self.source}: {key}")
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.config.get(key)
-        return default if value is None else value
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Of each layer."""
+        return tuple(AttentionKind(self.head_dim**-0.5, window) for window in self.windows)
 
 
 def read_decoder(config: ConfigReader, *, default_head_dim: int | None = None) -> DecoderSpec:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-
-class Linear(Protocol):
-    """x W^T + bias, for x of shape [T, in]."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns: [T, out]."""
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`residual + self(x)`, in one kernel where there is one. Returns: [T, out]."""
+from worker_svc.backends.backend import Linear
+from worker_svc.quantization import Weight, dequantize
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+def make_linear(weight: Weight, bias: torch.Tensor | None = None) -> Linear:
     """`weight`: [out, in] on the device it will run on; `bias`: [out]. The best kind for device and type."""
+    if not isinstance(weight, torch.Tensor):
+        weight = dequantize(weight)
     return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)
 
 

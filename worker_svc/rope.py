@@ -2,8 +2,8 @@
 
 Channels are kept in interleaved pairs (x0, y0, x1, y1, ...), where Hugging Face checkpoints hold all x, then all y:
 then a pair is one complex number and turning all heads of q and k is a single multiplication in place, 2-3 times
-faster than halves put together again. `interleave` brings weights into that order at load. Since q and k are ordered
-alike, their products do not change.
+faster than halves put together again. `interleaved_order` brings weights into that order at load. Since q and k are
+ordered alike, their products do not change.
 """
 
 from __future__ import annotations
@@ -56,7 +56,13 @@ def rotate_(x: torch.Tensor, turns: torch.Tensor) -> None:
     pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
 
 
-def interleave(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows of q or k weights, biases or norms from halves to pairs. `weight`: [heads * D, ...]."""
-    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
-    return halves.transpose(1, 2).reshape(weight.shape)
+def interleaved_order(num_heads: int, head_dim: int, rotary_dim: int) -> torch.Tensor:
+    """Rows of q or k weights, biases or norms of a checkpoint in the order that `rotate_` wants.
+
+    The first `rotary_dim` channels of each head come as halves and become pairs; the others stay where they are.
+
+    Returns: [heads * D] int64.
+    """
+    channels = torch.arange(head_dim)
+    channels[:rotary_dim] = torch.arange(rotary_dim).view(2, rotary_dim // 2).t().reshape(-1)
+    return (torch.arange(num_heads)[:, None] * head_dim + channels).reshape(-1)

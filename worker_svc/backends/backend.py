@@ -1,0 +1,121 @@
+"""What a model needs of the machine it runs on: linears, norms, rotary positions, attention.
+
+A model's code is written once against this; a backend computes it with what its device is good at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from worker_svc.quantization import Weight
+from worker_svc.rope import Rope
+from worker_svc.step_input import StepInput
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+class Linear(Protocol):
+    """x W^T + bias, for x of shape [T, in]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns: [T, out]."""
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual + self(x)`, in one kernel where there is one; may overwrite `residual`. Returns: [T, out]."""
+
+
+class Norm(Protocol):
+    """Root mean square norm over the last dimension."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`: [T, E]; returns the same shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """The heads of an attention layer with grouped queries."""
+
+    num_heads: int  # H, of queries
+    num_kv_heads: int  # KH
+    head_dim: int  # D
+    rotary_dim: int  # the first channels of each head, which get rotated
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKind:
+    """What a query sees and how scores become weights."""
+
+    softmax_scale: float
+    window: int | None = None  # tokens a query sees, itself included; None for all before it
+    soft_cap: float | None = None  # scores become cap * tanh(score / cap)
+    value_dim: int | None = None  # None: values are cached after the keys; else they are the keys' first channels
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step as tensors, made once and used by every layer."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    slots: torch.Tensor  # [T] int64: where K and V go
+    attention: Any  # the backend's own plan of what attends to what
+    logit_rows: torch.Tensor | None  # int64 rows of [T]; None for all, in order
+
+
+class Backend(Protocol):
+    """A device, the type it computes in, and its operations."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    # At load.
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        """`weight`: [out, in], in float on the device, or quantized anywhere; `bias`: [out]."""
+
+    def norm(self, weight: torch.Tensor, eps: float) -> Norm:
+        """`weight`: [E]."""
+
+    def qk_norm(self, q_weight: torch.Tensor, k_weight: torch.Tensor, shape: HeadShape, eps: float) -> Any:
+        """Norms of single heads of q and k, for `rotate_and_write`. Both weights: [D], in the order of the heads."""
+
+    def frequencies(self, rope: Rope, rotary_dim: int) -> torch.Tensor:
+        """What `turns` wants to know of the positions' encoding."""
+
+    # Each step.
+
+    def make_batch(self, step: StepInput, kinds: Iterable[AttentionKind], key_bytes: int) -> Batch:
+        """Everything that the layers share, on the device; rows may come in another order than the step's.
+
+        Args:
+            key_bytes: of one token in one layer's cache.
+        """
+
+    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        """Rotary angles of a step in the form that `rotate_and_write` wants."""
+
+    def rotate_and_write(
+        self, qkv: torch.Tensor, shape: HeadShape, qk_norm: Any, turns: torch.Tensor, kv: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """Norm q and k if there is a norm, rotate both, put K and V into the cache.
+
+        Args:
+            qkv: [T, (H + 2 * KH) * D]; may be overwritten.
+            kv: [2 * KH, N * S, D]; one layer's cache.
+
+        Returns:
+            q: [T, H, D].
+        """
+
+    def attend(self, q: torch.Tensor, kv: torch.Tensor, kind: AttentionKind, batch: Batch) -> torch.Tensor:
+        """softmax(q k^T * scale) v over what each query sees; `q`: [T, H, D]; returns [T, H * Dv]."""
+
+    def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """`activation(gate) * up`; `gate_up`: [T, 2 * inner], gate first; returns [T, inner]."""
