@@ -73,11 +73,13 @@ def plan_step(
     planned and then advances `num_computed_tokens`.
     """
     draft = _Draft(waiting, running, pool, limits, now, limits.max_num_batched_tokens)
-    decodes = [sequence for sequence in running if len(sequence.token_ids) - sequence.num_computed_tokens == 1]
+    # Those that end with the token they wait for need no further one.
+    going_on = [sequence for sequence in running if not sequence.is_complete]
+    decodes = [sequence for sequence in going_on if len(sequence.token_ids) - sequence.num_computed_tokens == 1]
     for sequence in decodes:
         _continue(draft, sequence)
-    if len(decodes) < len(running):
-        for sequence in [sequence for sequence in running if sequence not in draft.scheduled]:
+    if len(decodes) < len(going_on):
+        for sequence in [sequence for sequence in going_on if sequence not in draft.scheduled]:
             _continue(draft, sequence)
     if waiting and not draft.preempted:
         POLICIES[limits.policy](draft)

@@ -3,6 +3,11 @@
 It is single-threaded and does no I/O: `torch_engine.py` gives it a thread, a queue and a model folder. What a step
 computes is decided in `batch.py`; blocks are `blocks.py`'s, the model is the runner's.
 
+On a device that computes beside the host a step stays in flight while the next is planned and handed over: tokens are
+fed back on the device, stand as `UNKNOWN_TOKEN` in their sequences, and are read one step late. Whoever turns out to
+have ended then was computed for one token too many, which nobody sees. The device works in order, so blocks may change
+hands at once.
+
 What concerns one sequence (bad input, logits that are not finite, a prompt that cannot fit) ends that sequence with
 an error. Any other exception is a fault of the engine or the machine and ends the process: the gateways then recover
 all streams elsewhere, which no error here could do for them.
@@ -48,7 +53,7 @@ from worker_svc.engine_io import (
 )
 from worker_svc.kv_exchange import KvExchange
 from worker_svc.runner import Runner
-from worker_svc.sampler import Logprobs, Sampler, Samples
+from worker_svc.sampler import Logprobs, Sampler, Samples, Sampling
 from worker_svc.sequence import Request, Sequence, State, make_sequences
 from worker_svc.step_input import make_step_input
 
@@ -66,6 +71,16 @@ class _Outbox:
     started: list[Started] = field(default_factory=list)
     load: list[LoadWanted] = field(default_factory=list)
     ended: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that the device has, and what its outcome means."""
+
+    plan: StepPlan
+    sampled: list[tuple[Sequence, int]]  # and the index of its new token in `token_ids`
+    sampling: Sampling | None  # None if nothing was sampled
+    began: float
 
 
 @dataclass(slots=True)
@@ -92,6 +107,7 @@ class Engine:
         digest: bytes,
         eos_token_ids: Iterable[int],
         load: EngineLoad | None = None,
+        overlaps: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start with nothing running.
@@ -99,6 +115,7 @@ class Engine:
         Args:
             digest: what `model_folder.digest` says; names the model in block hashes.
             load: numbers to keep up to date.
+            overlaps: keep a step in flight while the next is planned.
             clock: monotonic seconds.
         """
         self.pool = BlockPool(runner.num_blocks)
@@ -119,6 +136,9 @@ class Engine:
         self._sampler = Sampler()
         self._digest = digest
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._overlaps = overlaps
+        self._flight: _Flight | None = None
+        self._landed_at = 0.0
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
@@ -130,7 +150,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do something without a new command."""
-        return bool(self.running or self.waiting or self.exchange.has_offloads)
+        return bool(self.running or self.waiting or self._flight or self.exchange.has_offloads)
 
     @torch.inference_mode()
     def step(self, commands: Iterable[Command] = ()) -> StepOutput | None:
@@ -140,9 +160,11 @@ class Engine:
             self.apply(command)
         plan = plan_step(self.waiting, self.running, self.pool, self._limits, began)
         self._announce(plan)
-        sampled, samples = self._compute(plan)
-        self._commit(plan, sampled, samples)
-        self._count(plan, len(sampled), began)
+        launched = self._launch(plan, began)
+        landing, self._flight = (self._flight, launched) if self._overlaps else (launched, None)
+        if landing is not None:
+            self._land(landing)
+        self._count()
         return self._emit()
 
     # ---- commands ----
@@ -215,7 +237,7 @@ class Engine:
     def _enter(self, sequence: Sequence) -> None:
         if len(sequence.token_ids) >= sequence.end_length:
             self._start(sequence)
-            self._finish(sequence, FINISH_LENGTH)
+            self._finish(sequence, len(sequence.token_ids), FINISH_LENGTH)
             return
         if self._prefix_cache:
             is_parked, wanted = self.exchange.park(sequence)
@@ -255,41 +277,47 @@ class Engine:
             self._start(sequence)
             self._offer(sequence.hashes[: sequence.num_committed_blocks])
         for sequence, error in plan.rejected:
-            self._fail(sequence, ErrorInfo.of(error))
+            self._fail(sequence, sequence.num_known_tokens, ErrorInfo.of(error))
         self.load.num_preemptions += len(plan.preempted)
 
-    def _compute(self, plan: StepPlan) -> tuple[list[Sequence], Samples]:
-        """Run the model; sample for the sequences whose last token was computed."""
+    def _launch(self, plan: StepPlan, began: float) -> _Flight | None:
+        """Hand the step to the device, and count as computed what it will have computed."""
         for source, target in plan.copies:
             self._runner.copy_block(source, target)
         if not plan.num_scheduled_tokens:
-            return [], Samples([], {}, {})
+            return None
         step, sampled = make_step_input(plan)
-        logits = self._runner.forward(step)
-        if not sampled:
-            return [], Samples([], {}, {})
-        return sampled, self._sampler.sample(logits, sampled)
-
-    def _commit(self, plan: StepPlan, sampled: list[Sequence], samples: Samples) -> None:
+        logits = self._runner.forward(step, self._sampler.last_token_ids)
+        sampling = self._sampler.sample(logits, sampled) if sampled else None
         for sequence, count in plan.num_scheduled_tokens.items():
             sequence.num_computed_tokens += count
-            if sequence.num_computed_tokens // BLOCK_SIZE > sequence.num_committed_blocks:
-                self._commit_blocks(sequence)
-        for row, (sequence, token_id) in enumerate(zip(sampled, samples.token_ids, strict=True)):
-            error = samples.errors.get(row)
-            if error is None:
-                self._append(sequence, token_id, samples.logprobs.get(row))
-            else:
+            self._commit_blocks(sequence)
+        awaited = [(sequence, sequence.await_token(row)) for row, sequence in enumerate(sampled)]
+        return _Flight(plan, awaited, sampling, began)
+
+    def _land(self, flight: _Flight) -> None:
+        """Take the tokens of a step that was launched."""
+        samples = Samples([], {}, {}) if flight.sampling is None else flight.sampling.collect()
+        for row, (sequence, index) in enumerate(flight.sampled):
+            if sequence.state is State.FINISHED:
+                continue
+            sequence.num_pending_tokens -= 1
+            sequence.token_ids[index] = samples.token_ids[row]
+            if row in samples.errors:
                 # Whatever spoiled its logits may be in its blocks, too.
                 self.pool.disown(sequence.block_table)
-                self._fail(sequence, error)
+                self._fail(sequence, index, samples.errors[row])
+            else:
+                self._commit_blocks(sequence)
+                self._tell(sequence, index, samples.logprobs.get(row))
+        self._rate(flight)
 
     def _commit_blocks(self, sequence: Sequence) -> None:
-        """Give the blocks that became full their hashes."""
-        if sequence.root is None:
+        """Give the blocks that became full of known tokens their hashes."""
+        full = min(sequence.num_computed_tokens, sequence.num_known_tokens) // BLOCK_SIZE
+        if sequence.root is None or full <= sequence.num_committed_blocks:
             return
         hashes = sequence.extend_hashes()
-        full = sequence.num_computed_tokens // BLOCK_SIZE
         for i in range(sequence.num_committed_blocks, full):
             self.pool.commit(sequence.block_table[i], hashes[i])
         self._offer(hashes[sequence.num_committed_blocks : full])
@@ -300,23 +328,22 @@ class Engine:
             for block_hash in hashes:
                 self.exchange.offer(block_hash)
 
-    def _append(self, sequence: Sequence, token_id: int, logprobs: Logprobs | None) -> None:
-        index = sequence.num_output_tokens
-        sequence.token_ids.append(token_id)
+    def _tell(self, sequence: Sequence, index: int, logprobs: Logprobs | None) -> None:
+        """Put out a token of `token_ids`, and end the sequence if it is the last."""
+        token_id, request = sequence.token_ids[index], sequence.request
         if token_id in sequence.stop_ids:
             finish = FINISH_STOP
-        elif len(sequence.token_ids) >= sequence.end_length:
+        elif index + 1 >= sequence.end_length:
             finish = FINISH_LENGTH
         else:
             finish = FINISH_NONE
-        request = sequence.request
         self._out.rows.append(
             TokenRow(
                 request.request_id,
                 request.gateway,
                 sequence.slot,
                 request.epoch,
-                index,
+                index - sequence.num_prompt_tokens,
                 (token_id,),
                 finish,
                 () if logprobs is None else (logprobs,),
@@ -325,16 +352,22 @@ class Engine:
         if finish:
             self._end(sequence)
 
-    def _count(self, plan: StepPlan, num_sampled: int, began: float) -> None:
+    def _rate(self, flight: _Flight) -> None:
+        """Count the step in, from when the device could begin with it."""
         load, now = self.load, self._clock()
-        num_tokens = sum(plan.num_scheduled_tokens.values())
+        num_tokens, num_sampled = sum(flight.plan.num_scheduled_tokens.values()), len(flight.sampled)
+        seconds = now - max(flight.began, self._landed_at)
+        self._landed_at = now
         if num_tokens > num_sampled:
-            load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, now - began)
-        elif num_tokens:
-            load.decode_tokens_per_s = self._decode_rate.add(num_tokens, now - began)
+            load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, seconds)
+        else:
+            load.decode_tokens_per_s = self._decode_rate.add(num_tokens, seconds)
         self.exchange.prefill_tokens_per_s = load.prefill_tokens_per_s
-        load.num_steps += 1
         load.num_output_tokens += num_sampled
+
+    def _count(self) -> None:
+        load, now = self.load, self._clock()
+        load.num_steps += 1
         load.num_running = len(self.running)
         load.num_waiting = len(self.waiting) + self.exchange.num_loading
         load.num_waiting_tokens = sum(sequence.num_uncomputed_tokens for sequence in self.waiting) + sum(
@@ -388,14 +421,16 @@ class Engine:
         self.load.num_cached_tokens += num_cached
         self._out.started.append(Started(request.request_id, request.gateway, request.epoch, num_prompt, num_cached))
 
-    def _fail(self, sequence: Sequence, error: ErrorInfo) -> None:
-        self._finish(sequence, FINISH_ERROR, error)
+    def _fail(self, sequence: Sequence, index: int, error: ErrorInfo) -> None:
+        self._finish(sequence, index, FINISH_ERROR, error)
 
-    def _finish(self, sequence: Sequence, finish: int, error: ErrorInfo | None = None) -> None:
-        """End a sequence without a token."""
-        request, index = sequence.request, sequence.num_output_tokens
+    def _finish(self, sequence: Sequence, index: int, finish: int, error: ErrorInfo | None = None) -> None:
+        """End a sequence without a token; the next would have been `token_ids[index]`."""
+        request, first_index = sequence.request, index - sequence.num_prompt_tokens
         self._out.rows.append(
-            TokenRow(request.request_id, request.gateway, sequence.slot, request.epoch, index, (), finish, error=error)
+            TokenRow(
+                request.request_id, request.gateway, sequence.slot, request.epoch, first_index, (), finish, error=error
+            )
         )
         self._end(sequence)
 

@@ -68,16 +68,17 @@ class Runner:
             self._decoder = Decoder(spec, Loader(checkpoint, self._backend), self._backend)
         self._kinds = frozenset(spec.attention_kinds)
         self.vocab_size = spec.vocab_size
-        self._key_bytes = 2 * spec.num_kv_heads * spec.head_dim * self._dtype.itemsize
+        cache = spec.cache
+        self._key_bytes = cache.num_heads * cache.width * self._dtype.itemsize
         self.block_bytes = spec.num_layers * BLOCK_SIZE * self._key_bytes
         self.num_blocks = count_blocks(kv_memory, self.block_bytes)
         self.max_model_len = min(folder.max_model_len, self.num_blocks * BLOCK_SIZE)
         self.layout = (
-            f"weft kv 1: {str(self._dtype).removeprefix('torch.')}, {spec.num_layers} layers, k (interleaved) and v, "
-            f"{spec.num_kv_heads} heads, {BLOCK_SIZE} slots of {spec.head_dim}"
+            f"weft kv 1: {str(self._dtype).removeprefix('torch.')}, {spec.num_layers} layers, {cache.content}, "
+            f"{cache.num_heads} heads, {BLOCK_SIZE} slots of {cache.width}"
         ).encode()
         self._kv_cache = torch.zeros(
-            (spec.num_layers, 2 * spec.num_kv_heads, self.num_blocks * BLOCK_SIZE, spec.head_dim),
+            (spec.num_layers, cache.num_heads, self.num_blocks * BLOCK_SIZE, cache.width),
             dtype=self._dtype,
             device=self.device,
         )
@@ -94,9 +95,16 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def forward(self, step: StepInput) -> torch.Tensor:
-        """Compute the step and write its K and V. Returns logits: [len(logit_rows), V] float32, on the device."""
-        batch = self._backend.make_batch(step, self._kinds, self._key_bytes)
+    def forward(self, step: StepInput, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the step and write its K and V; returns as soon as the device has the work.
+
+        Args:
+            last_tokens: [any] int64 on the device; what the step's pending tokens are taken from.
+
+        Returns:
+            Logits: [len(logit_rows), V] float32, on the device.
+        """
+        batch = self._backend.make_batch(step, self._kinds, self._key_bytes, last_tokens)
         return self._decoder.forward(batch, self._kv_cache)
 
     @torch.inference_mode()
@@ -130,9 +138,9 @@ class Runner:
         target.index_copy_(1, index, read.view(len(blocks), target.shape[0], target.shape[2]).transpose(0, 1))
 
     def _blocks(self) -> torch.Tensor:
-        """The cache by block: [L * 2 * KH, N, S * D]."""
-        head_dim = self._kv_cache.shape[-1]
-        return self._kv_cache.view(-1, self.num_blocks, BLOCK_SIZE * head_dim)
+        """The cache by block: [L * heads, N, S * width]."""
+        width = self._kv_cache.shape[-1]
+        return self._kv_cache.view(-1, self.num_blocks, BLOCK_SIZE * width)
 
 
 def resolve_device(device: str) -> torch.device:

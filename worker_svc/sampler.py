@@ -52,14 +52,30 @@ class Samples:
     errors: dict[int, ErrorInfo]  # by row
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Tokens that were sampled, and may still be on the device."""
+
+    token_ids: Tensor  # [B] int64, on the device
+    errors: dict[int, ErrorInfo]
+    logprobs: _LogprobTensors | None
+
+    def collect(self) -> Samples:
+        """Wait for the tokens and read them."""
+        logprobs = {} if self.logprobs is None else self.logprobs.collect()
+        return Samples(self.token_ids.tolist(), logprobs, self.errors)
+
+
 class Sampler:
     """Keeps the parameters of the last batch as tensors, since the next step's is mostly the same."""
 
     def __init__(self) -> None:
         self._batch = _Batch([], torch.device("cpu"), 0)
+        # [B] int64, on the device: what was sampled last.
+        self.last_token_ids: Tensor | None = None
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> Samples:
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> Sampling:
         """Sample the next token of each sequence.
 
         Args:
@@ -67,7 +83,7 @@ class Sampler:
         """
         batch = self._batch
         if batch.sequences != sequences or batch.has_diverged():
-            batch = self._batch = _Batch(list(sequences), logits.device, logits.shape[1])
+            batch = self._batch = _Batch(list(sequences), logits.device, logits.shape[1], self.last_token_ids)
         # One pass that is not finite if any logit is not.
         is_bad = ~torch.isfinite(logits.sum(dim=1))
         errors = _errors(is_bad)
@@ -75,10 +91,10 @@ class Sampler:
             logits = logits.masked_fill(is_bad[:, None], 0.0)
         raw = logits.clone() if batch.logprobs and batch.changes_logits else logits
         batch.adjust(logits)
-        token_ids = batch.choose(logits)
+        token_ids = self.last_token_ids = batch.choose(logits)
         logprobs = batch.look_up_logprobs(raw, token_ids)
         batch.advance(token_ids)
-        return Samples(token_ids.tolist(), logprobs, errors)
+        return Sampling(token_ids, errors, logprobs)
 
 
 def _errors(is_bad: Tensor) -> dict[int, ErrorInfo]:
@@ -88,6 +104,22 @@ def _errors(is_bad: Tensor) -> dict[int, ErrorInfo]:
     return dict.fromkeys(is_bad.nonzero()[:, 0].tolist(), error)
 
 
+@dataclass(frozen=True, slots=True)
+class _LogprobTensors:
+    """Logprobs of the rows that ask, still on the device."""
+
+    rows: list[tuple[int, int]]  # (row, k)
+    sampled: Tensor  # [rows]
+    top_values: Tensor  # [rows, largest k]
+    top_ids: Tensor
+
+    def collect(self) -> dict[int, Logprobs]:
+        sampled, top_values, top_ids = self.sampled.tolist(), self.top_values.tolist(), self.top_ids.tolist()
+        return {
+            row: (sampled[i], tuple(top_ids[i][:k]), tuple(top_values[i][:k])) for i, (row, k) in enumerate(self.rows)
+        }
+
+
 @dataclass(slots=True)
 class _Batch:
     """Sequences with their parameters as tensors, in groups of rows that need the same work."""
@@ -95,6 +127,7 @@ class _Batch:
     sequences: list[Sequence]
     device: torch.device
     vocab_size: int
+    last: Tensor | None = None  # tokens sampled last, of which some may be pending
     positions: list[int] = field(init=False)  # index in the completion of each row's next token
     greedy: _Rows = field(init=False)
     filtered: _Rows = field(init=False)  # random, with top_k, top_p or min_p
@@ -155,24 +188,27 @@ class _Batch:
                 chosen[rows.index] = choose(logits[rows.index], rows, positions[rows.index])
         return chosen
 
-    def look_up_logprobs(self, raw: Tensor, token_ids: Tensor) -> dict[int, Logprobs]:
+    def look_up_logprobs(self, raw: Tensor, token_ids: Tensor) -> _LogprobTensors | None:
         if not self.logprobs:
-            return {}
+            return None
         rows = torch.tensor([row for row, _ in self.logprobs], device=self.device)
         values = torch.log_softmax(raw[rows], dim=1)
-        sampled = values.gather(1, token_ids[rows, None])[:, 0].tolist()
+        sampled = values.gather(1, token_ids[rows, None])[:, 0]
         top = values.topk(min(max(k for _, k in self.logprobs), self.vocab_size), dim=1)
-        top_values, top_ids = top.values.tolist(), top.indices.tolist()
-        return {
-            row: (sampled[i], tuple(top_ids[i][:k]), tuple(top_values[i][:k]))
-            for i, (row, k) in enumerate(self.logprobs)
-        }
+        return _LogprobTensors(self.logprobs, sampled, top.values, top.indices)
 
     def advance(self, token_ids: Tensor) -> None:
         """Foresee the next step: each sequence is longer by the token that was sampled."""
         self.positions = [position + 1 for position in self.positions]
         if self.penalized:
             self.penalized.count(token_ids)
+
+    def tokens_of(self, sequence: Sequence) -> Tensor:
+        """Prompt and completion on the device, a pending token included."""
+        ids = torch.tensor(sequence.token_ids, dtype=torch.int64, device=self.device)
+        if sequence.num_pending_tokens and self.last is not None:
+            ids[-1] = self.last[sequence.pending_row]
+        return ids
 
     def _rows(self, belongs: Callable[[SamplingParams], bool]) -> _Rows:
         rows = [row for row, sequence in enumerate(self.sequences) if belongs(sequence.sampling)]
@@ -267,7 +303,7 @@ class _Penalties:
         is_seen = torch.zeros(shape, dtype=torch.bool, device=batch.device)
         counts = torch.zeros(shape, dtype=torch.float32, device=batch.device)
         for i, sequence in enumerate(sequences):
-            ids = torch.tensor(sequence.token_ids, dtype=torch.int64, device=batch.device)
+            ids = batch.tokens_of(sequence)
             is_seen[i, ids] = True
             output = ids[sequence.num_prompt_tokens :]
             counts[i].index_add_(0, output, torch.ones(len(output), device=batch.device))

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Final
 
 from weft.columns import pack_u32, unpack_u32
 from weft.hashing import BLOCK_SIZE, next_hash
 from weft.messages import BlockHash, SamplingParams, TokenizedRequest
+
+# Stands in `token_ids` for a token that was sampled but not yet read from the device.
+UNKNOWN_TOKEN: Final = -1
 
 
 class State(enum.Enum):
@@ -59,6 +63,9 @@ class Sequence:
     num_cached_tokens: int = 0  # found at its last admission
     block_table: list[int] = field(default_factory=list)
     admitted_at: float | None = None  # seconds, monotonic; the first time
+    # Tokens at the end that were sampled but not read yet, and the row of the last one in the step that sampled it.
+    num_pending_tokens: int = 0
+    pending_row: int = 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -69,11 +76,27 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
 
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.token_ids) - self.num_pending_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ends with the tokens it has, a pending one included."""
+        return len(self.token_ids) >= self.end_length
+
+    def await_token(self, row: int) -> int:
+        """Make room for a token that was sampled as `row` of a step. Returns: its index in `token_ids`."""
+        self.token_ids.append(UNKNOWN_TOKEN)
+        self.num_pending_tokens += 1
+        self.pending_row = row
+        return len(self.token_ids) - 1
+
     def extend_hashes(self) -> list[BlockHash]:
-        """Continue the chain over every full block of `token_ids`, and return it. Mutates: `hashes`."""
+        """Continue the chain over every full block of known tokens, and return it. Mutates: `hashes`."""
         if self.root is None:
             return self.hashes
-        for start in range(len(self.hashes) * BLOCK_SIZE, len(self.token_ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        for start in range(len(self.hashes) * BLOCK_SIZE, self.num_known_tokens - BLOCK_SIZE + 1, BLOCK_SIZE):
             parent = self.hashes[-1] if self.hashes else self.root
             self.hashes.append(next_hash(parent, pack_u32(self.token_ids[start : start + BLOCK_SIZE])))
         return self.hashes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weft.hashing import BLOCK_SIZE
 from worker_svc.batch import StepPlan
@@ -20,6 +20,8 @@ class StepInput:
     seq_lens: list[int]  # [B] its tokens after this step
     block_tables: list[list[int]]  # [B][blocks of the sequence, in order]
     logit_rows: list[int]  # rows of [T] whose logits are wanted
+    # (row of [T], row among the tokens sampled last): tokens that are taken from there, on the device.
+    pending: list[tuple[int, int]] = field(default_factory=list)
 
 
 def make_step_input(plan: StepPlan) -> tuple[StepInput, list[Sequence]]:
@@ -31,6 +33,7 @@ def make_step_input(plan: StepPlan) -> tuple[StepInput, list[Sequence]]:
     tables: list[list[int]] = []
     logit_rows: list[int] = []
     sampled: list[Sequence] = []
+    pending: list[tuple[int, int]] = []
     for sequence, count in plan.num_scheduled_tokens.items():
         start, table = sequence.num_computed_tokens, sequence.block_table
         end = start + count
@@ -44,8 +47,11 @@ def make_step_input(plan: StepPlan) -> tuple[StepInput, list[Sequence]]:
             slots += [table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(start, end)]
         seq_lens.append(end)
         tables.append(table)
+        if end > sequence.num_known_tokens:
+            token_ids[-1] = 0
+            pending.append((len(token_ids) - 1, sequence.pending_row))
         if end == len(sequence.token_ids):
             logit_rows.append(len(token_ids) - 1)
             sampled.append(sequence)
     query_lens = list(plan.num_scheduled_tokens.values())
-    return StepInput(token_ids, positions, slots, query_lens, seq_lens, tables, logit_rows), sampled
+    return StepInput(token_ids, positions, slots, query_lens, seq_lens, tables, logit_rows, pending), sampled

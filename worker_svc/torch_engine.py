@@ -44,7 +44,14 @@ def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad 
         on_progress=on_progress,
     )
     warm_up(runner, settings.max_num_batched_tokens)
-    return Engine(runner, settings, digest=digest, eos_token_ids=folder.eos_token_ids, load=load)
+    return Engine(
+        runner,
+        settings,
+        digest=digest,
+        eos_token_ids=folder.eos_token_ids,
+        load=load,
+        overlaps=runner.device.type == "cuda",
+    )
 
 
 def warm_up(runner: Runner, max_num_batched_tokens: int) -> None:

@@ -31,8 +31,11 @@ class TokenRunner:
         self.steps: list[StepInput] = []
         self.poisoned: dict[int, float] = {}  # logit by the last token of the sequence it spoils
 
-    def forward(self, step: StepInput) -> torch.Tensor:
+    def forward(self, step: StepInput, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
         self.steps.append(step)
+        for row, source in step.pending:
+            assert last_tokens is not None
+            step.token_ids[row] = int(last_tokens[source])
         assert len(step.token_ids) == len(step.positions) == len(step.slot_mapping) == sum(step.query_lens)
         assert len(set(step.slot_mapping)) == len(step.slot_mapping)
         for slot, token_id in zip(step.slot_mapping, step.token_ids, strict=True):

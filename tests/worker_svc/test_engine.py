@@ -28,10 +28,20 @@ class Clock:
         return self.now
 
 
+DEFAULTS: dict[str, bool] = {}
+
+
+@pytest.fixture(params=[False, True], ids=["in step", "overlapped"], autouse=True)
+def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Everything here holds whether or not a step stays in flight while the next is planned."""
+    monkeypatch.setitem(DEFAULTS, "overlaps", request.param)
+    return bool(request.param)
+
+
 def make_engine(runner: TokenRunner | None = None, **settings: object) -> tuple[Engine, TokenRunner]:
     runner = runner or TokenRunner()
     chosen = make_settings(**{"max_num_batched_tokens": 64, **settings})
-    return Engine(runner, chosen, digest=DIGEST, eos_token_ids=(EOS,), clock=Clock()), runner
+    return Engine(runner, chosen, digest=DIGEST, eos_token_ids=(EOS,), clock=Clock(), **DEFAULTS), runner
 
 
 def greedy(max_tokens: int | None = 8, **changes: object) -> SamplingParams:
@@ -148,7 +158,7 @@ def test_recovered_request_goes_on_where_it_was() -> None:
     record = run(engine, [add(prompt, epoch=3, emitted=[whole[:5]], sampling=greedy(12))])
     assert record.outcomes["r0", 0].first_index == 5
     assert record.tokens() == whole[5:]
-    assert record.outputs[0].rows[0].epoch == 3
+    assert {row.epoch for output in record.outputs for row in output.rows} == {3}
 
 
 def test_sampled_tokens_are_the_same_alone_batched_and_resumed() -> None:
@@ -351,7 +361,9 @@ def test_higher_epoch_replaces_a_lower_one_and_stale_commands_do_nothing() -> No
     assert record.ended == [] and len(engine.running) == 1
     fresh = Record()
     step(engine, [add(prompt_of(5), epoch=3)], fresh)
-    assert fresh.ended == [("r0", 2)] and {row.epoch for row in fresh.outputs[0].rows} == {3}
+    step(engine, [], fresh)
+    assert fresh.ended == [("r0", 2)]
+    assert {row.epoch for output in fresh.outputs for row in output.rows} == {3}
 
 
 def test_random_drops_leave_no_block_behind() -> None:
@@ -560,3 +572,28 @@ def test_failure_of_the_thread_is_kept_for_the_service() -> None:
     thread.submit(add(prompt_of(10)))
     thread._run(engine, outputs.put)
     assert isinstance(thread.load.failure, TypeError)
+
+
+def test_overlapped_step_is_launched_before_the_tokens_of_the_one_before_are_read(overlaps: bool) -> None:
+    engine, runner = make_engine()
+    record = Record()
+    for launched in range(1, 5):
+        step(engine, [add(prompt_of(5))] if launched == 1 else [], record)
+        assert len(runner.steps) == launched
+        assert len(record.outcomes["r0", 0].token_ids if record.outcomes else []) == launched - overlaps
+    assert [bool(one.pending) for one in runner.steps] == [False, *[overlaps] * 3]
+
+
+def test_token_after_the_last_is_never_told(overlaps: bool) -> None:
+    engine, runner = make_engine()
+    prompt = prompt_of(5)
+    text = runner.greedy(prompt, 4)
+    record = run(engine, [add(prompt, sampling=greedy(9, stop_token_ids=[text[-1]]))])
+    assert record.tokens() == text[: text.index(text[-1]) + 1]
+    assert len(runner.steps) == len(record.tokens()) + overlaps
+
+
+def test_length_is_foreseen_so_that_nothing_is_computed_for_nothing() -> None:
+    engine, runner = make_engine()
+    run(engine, [add(prompt_of(5), sampling=greedy(4))])
+    assert len(runner.steps) == 4

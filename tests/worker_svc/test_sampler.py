@@ -29,7 +29,7 @@ def logits_of(count: int = 1, *, seed: int = 0, spread: float = 2.0, vocab_size:
 
 
 def sample(logits: Tensor, sequences: Ids[Sequence]) -> Samples:
-    return Sampler().sample(logits.clone(), list(sequences))
+    return Sampler().sample(logits.clone(), list(sequences)).collect()
 
 
 def sequence(seed: int = 0, *, prompt: Ids[int] = (1,), emitted: Ids[int] = (), **params: object) -> Sequence:
@@ -118,7 +118,7 @@ def test_batch_that_goes_on_gives_what_a_new_sampler_would() -> None:
     kept, sequences = Sampler(), mixed_batch()
     for step in range(12):
         logits = logits_of(len(KINDS), seed=step)
-        tokens = kept.sample(logits.clone(), sequences).token_ids
+        tokens = kept.sample(logits.clone(), sequences).collect().token_ids
         assert tokens == sample(logits, sequences).token_ids, f"step {step}"
         for item, token in zip(sequences, tokens, strict=True):
             item.token_ids.append(token)
@@ -128,7 +128,7 @@ def test_sampler_notices_a_sequence_that_went_another_way() -> None:
     kept, item = Sampler(), sequence(3, temperature=1.0)
     kept.sample(logits_of(), [item])
     # The token was not taken over, as after a failed step.
-    assert kept.sample(logits_of(), [item]).token_ids == sample(logits_of(), [item]).token_ids
+    assert kept.sample(logits_of(), [item]).collect().token_ids == sample(logits_of(), [item]).token_ids
 
 
 def test_resumed_stream_draws_the_same_noise() -> None:

@@ -91,11 +91,14 @@ class Backend(Protocol):
 
     # Each step.
 
-    def make_batch(self, step: StepInput, kinds: Iterable[AttentionKind], key_bytes: int) -> Batch:
+    def make_batch(
+        self, step: StepInput, kinds: Iterable[AttentionKind], key_bytes: int, last_tokens: torch.Tensor | None
+    ) -> Batch:
         """Everything that the layers share, on the device; rows may come in another order than the step's.
 
         Args:
             key_bytes: of one token in one layer's cache.
+            last_tokens: [any] int64; what the step's pending tokens are taken from.
         """
 
     def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:

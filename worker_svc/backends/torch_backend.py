@@ -44,13 +44,18 @@ class TorchBackend:
     def frequencies(self, rope_: rope.Rope, rotary_dim: int) -> torch.Tensor:
         return rope.frequencies(rope_, rotary_dim).to(self.device)
 
-    def make_batch(self, step: StepInput, kinds: Iterable[AttentionKind], key_bytes: int) -> Batch:
+    def make_batch(
+        self, step: StepInput, kinds: Iterable[AttentionKind], key_bytes: int, last_tokens: torch.Tensor | None
+    ) -> Batch:
         members = group_sequences(step.query_lens, step.seq_lens, key_bytes=key_bytes)
         rows = _row_order(members, step.query_lens)
         columns = (step.token_ids, step.positions, step.slot_mapping)
         inputs = torch.tensor([[column[row] for row in rows] for column in columns], dtype=torch.int64)
         token_ids, positions, slots = inputs.to(self.device).unbind(0)
         row_of = {row: new for new, row in enumerate(rows)}
+        if step.pending and last_tokens is not None:
+            targets = [row_of[row] for row, _ in step.pending]
+            token_ids[targets] = last_tokens[[source for _, source in step.pending]]
         logit_rows = [row_of[row] for row in step.logit_rows]
         is_all = logit_rows == list(range(len(rows)))
         return Batch(
