@@ -34,6 +34,7 @@ def setting(
     le: float | None = None,
     choices: Sequence[str] = (),
     size: bool = False,
+    share: bool = False,
     secret: bool = False,
 ) -> Any:
     """Declare one setting.
@@ -43,9 +44,18 @@ def setting(
         ge, le: bounds of a number.
         choices: the only values of a string.
         size: a number of bytes, which may be written with a unit ("256MiB").
+        share: a `size`, or a share of what there is ("60%"): a float then.
         secret: read from the environment only, since argument lists are visible to other processes.
     """
-    metadata = {"help": help, "ge": ge, "le": le, "choices": tuple(choices), "size": size, "secret": secret}
+    metadata = {
+        "help": help,
+        "ge": ge,
+        "le": le,
+        "choices": tuple(choices),
+        "size": size or share,
+        "share": share,
+        "secret": secret,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -184,8 +194,12 @@ class WorkerSettings:
     threads: int = setting(
         0, "CPU threads of the model; 0 for all cores but a share for the rest of the mesh.", ge=0, le=1024
     )
-    kv_memory: int = setting(
-        2**29, "Memory for KV blocks: more holds more and longer requests, and more prefixes.", size=True, ge=2**16
+    kv_memory: int | float = setting(
+        0,
+        "Memory for KV blocks, or the share of it that is free after the weights (60%): more holds more and longer "
+        "requests, and more prefixes; 0 for 90% of a GPU's, on a CPU for 512MiB or one longest request.",
+        share=True,
+        ge=0,
     )
     max_num_seqs: int = setting(
         64, "Sequences that run at once: more for throughput, fewer for each stream's pace.", ge=1, le=65536
@@ -345,7 +359,10 @@ def parse(item: Declared, text: str, source: str) -> Any:
     """Turn text into the setting's value. Raises SettingsError, which names `source`."""
     meta = item.metadata
     try:
-        value = parse_size(text) if meta["size"] else _parse_plain(item.type, text)
+        if meta["size"]:
+            value = parse_share(text) if meta["share"] else parse_size(text)
+        else:
+            value = _parse_plain(item.type, text)
     except ValueError as error:
         raise SettingsError(f"{source}: {error}") from error
     if meta["choices"] and value not in meta["choices"]:
@@ -363,6 +380,17 @@ def parse_size(text: str) -> int:
     if not match or match[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is no size such as 256MiB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_share(text: str) -> int | float:
+    """`"60%"` or `"0.6"` to 0.6, anything else as a size. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*|\s*(0\.[0-9]+|1\.0)\s*", text)
+    if not match:
+        return parse_size(text)
+    share = float(match[1]) / 100 if match[1] else float(match[2])
+    if not 0 < share <= 1:
+        raise ValueError(f"{text!r} is no share between 0% and 100%")
+    return share
 
 
 def to_environ(settings: Any) -> dict[str, str]:

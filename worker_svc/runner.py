@@ -15,6 +15,7 @@ from weft.errors import DecodeError, SettingsError
 from weft.hashing import BLOCK_SIZE
 from weft.model_folder import ModelFolder
 from worker_svc.backends.torch_backend import TorchBackend
+from worker_svc.memory import count_blocks, free_bytes, kv_bytes
 from worker_svc.models import read_spec
 from worker_svc.models.decoder import Decoder, asked_by
 from worker_svc.models.loader import Loader
@@ -23,8 +24,6 @@ from worker_svc.weights import Checkpoint
 
 log = logging.getLogger(__name__)
 
-# Fewer blocks could not hold one request worth the name.
-MIN_BLOCKS: Final = 4
 # What torch would use by itself: the cores that this process may use. Read before anyone changes it.
 DEFAULT_THREADS: Final = torch.get_num_threads()
 # A share of the cores for the mesh's other processes: one of each eight, at least one.
@@ -41,7 +40,7 @@ class Runner:
         *,
         device: str,
         dtype: str,
-        kv_memory: int,
+        kv_memory: int | float,
         threads: int,
         on_progress: Callable[[float], None] = lambda share: None,
     ) -> None:
@@ -50,7 +49,7 @@ class Runner:
         Args:
             device: "auto", "cpu" or "cuda".
             dtype: of weights and KV; "auto" is float32 on the CPU, else what the config says.
-            kv_memory: bytes.
+            kv_memory: as `memory.kv_bytes` wants it.
             threads: of the CPU; 0 leaves the mesh its share.
             on_progress: called with the share of the weights loaded so far.
 
@@ -71,7 +70,9 @@ class Runner:
         cache = spec.cache
         self._key_bytes = cache.num_heads * cache.width * self._dtype.itemsize
         self.block_bytes = spec.num_layers * BLOCK_SIZE * self._key_bytes
-        self.num_blocks = count_blocks(kv_memory, self.block_bytes)
+        request_bytes = -(-folder.max_model_len // BLOCK_SIZE) * self.block_bytes
+        budget = kv_bytes(kv_memory, free_bytes(self.device), request_bytes, self.device)
+        self.num_blocks = count_blocks(budget, self.block_bytes)
         self.max_model_len = min(folder.max_model_len, self.num_blocks * BLOCK_SIZE)
         self.layout = (
             f"weft kv 1: {str(self._dtype).removeprefix('torch.')}, {spec.num_layers} layers, {cache.content}, "
@@ -171,14 +172,3 @@ def resolve_threads(threads: int, num_cores: int) -> int:
         return threads
     share = -(-num_cores // CORES_PER_MESH_CORE)
     return max(1, num_cores - share)
-
-
-def count_blocks(kv_memory: int, block_bytes: int) -> int:
-    """KV blocks that fit into `kv_memory` bytes. Raises SettingsError if they are too few for a request."""
-    num_blocks = kv_memory // block_bytes
-    if num_blocks < MIN_BLOCKS:
-        raise SettingsError(
-            f"kv_memory: {kv_memory} bytes hold {num_blocks} KV blocks of {block_bytes} bytes, and a worker needs at "
-            f"least {MIN_BLOCKS}"
-        )
-    return num_blocks

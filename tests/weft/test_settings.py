@@ -54,6 +54,20 @@ def test_sizes_have_units(text: str, size: int) -> None:
     assert s.parse_size(text) == size
 
 
+@pytest.mark.parametrize(("text", "value"), [("60%", 0.6), ("0.25", 0.25), ("100%", 1.0), ("2GiB", 2**31), ("0", 0)])
+def test_memory_is_a_size_or_a_share(text: str, value: float) -> None:
+    loaded = s.load(s.WorkerSettings, ["--kv-memory", text], {})
+    assert loaded.kv_memory == value and type(loaded.kv_memory) is type(value)
+    again = s.load(s.WorkerSettings, [], {"WEFT_KV_MEMORY": s.to_environ(loaded)["WEFT_KV_MEMORY"]})
+    assert again.kv_memory == value
+
+
+@pytest.mark.parametrize("text", ["0%", "101%", "60 percent", "-1"])
+def test_memory_that_is_neither_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="--kv-memory"):
+        s.load(s.WorkerSettings, [f"--kv-memory={text}"], {})
+
+
 @pytest.mark.parametrize("cls", [cls for cls in s.ALL_SETTINGS if cls is not s.UpSettings])
 def test_settings_survive_the_way_to_a_child_process(cls: type) -> None:
     loaded = s.load(cls, [], {})

@@ -12,7 +12,8 @@ from tests.support.checkpoints import ARCHITECTURES, make_checkpoint
 from tests.support.steps import Driver, make_runner, mixed, one_after_another
 from weft.errors import DecodeError, SettingsError
 from weft.hashing import BLOCK_SIZE
-from worker_svc.runner import MIN_BLOCKS, Runner, resolve_device, resolve_threads
+from worker_svc.memory import MIN_BLOCKS
+from worker_svc.runner import Runner, resolve_device, resolve_threads
 from worker_svc.step_input import StepInput
 
 SEQUENCES = [[(7 * i + 3 * j) % 128 for j in range(length)] for i, length in enumerate((1, 16, 17, 45))]

@@ -19,6 +19,15 @@ MAX_LAYERS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What every layer keeps of a token."""
+
+    num_heads: int
+    width: int
+    content: str  # in words: blocks are exchanged with those that keep the same
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """A decoder, but for its weights."""
 
@@ -48,6 +57,10 @@ class DecoderSpec:
     @property
     def heads(self) -> HeadShape:
         return HeadShape(self.num_heads, self.num_kv_heads, self.head_dim, self.rotary_dim)
+
+    @property
+    def cache(self) -> CacheShape:
+        return CacheShape(2 * self.num_kv_heads, self.head_dim, "k (interleaved) and v")
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
