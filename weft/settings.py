@@ -191,6 +191,11 @@ class WorkerSettings:
         "Type of weights and KV; auto is float32 on a CPU, elsewhere the model's own.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    kernels: str = setting(
+        "auto",
+        "What computes: Triton kernels on a GPU, or plain torch, to compare with.",
+        choices=("auto", "torch", "triton"),
+    )
     threads: int = setting(
         0, "CPU threads of the model; 0 for all cores but a share for the rest of the mesh.", ge=0, le=1024
     )

@@ -20,7 +20,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -53,9 +53,11 @@ from worker_svc.engine_io import (
 )
 from worker_svc.kv_exchange import KvExchange
 from worker_svc.runner import Runner
-from worker_svc.sampler import Logprobs, Sampler, Samples, Sampling
+from worker_svc.sampler import Logprobs, Samples
 from worker_svc.sequence import Request, Sequence, State, make_sequences
 from worker_svc.step_input import make_step_input
+from worker_svc.stopwatch import Stopwatch
+from worker_svc.stopwatch import start as start_stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -73,27 +75,35 @@ class _Outbox:
     ended: list[tuple[str, int]] = field(default_factory=list)
 
 
+class PendingSamples(Protocol):
+    """Tokens that were sampled, and may still be on the device."""
+
+    def collect(self) -> Samples:
+        """Wait for the tokens and read them."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Flight:
     """A step that the device has, and what its outcome means."""
 
     plan: StepPlan
     sampled: list[tuple[Sequence, int]]  # and the index of its new token in `token_ids`
-    sampling: Sampling | None  # None if nothing was sampled
+    sampling: PendingSamples | None  # None if nothing was sampled
     began: float
+    stopwatch: Stopwatch
 
 
 @dataclass(slots=True)
 class Rate:
-    """Tokens a second, the recent past weighing most, each step by its tokens."""
+    """How much of something a second, the recent past weighing most, each step by its length."""
 
-    tokens: float = 0.0
+    amount: float = 0.0
     seconds: float = 0.0
 
-    def add(self, tokens: int, seconds: float) -> float:
-        self.tokens = RATE_MEMORY * self.tokens + tokens
+    def add(self, amount: float, seconds: float) -> float:
+        self.amount = RATE_MEMORY * self.amount + amount
         self.seconds = RATE_MEMORY * self.seconds + seconds
-        return self.tokens / self.seconds if self.seconds else 0.0
+        return self.amount / self.seconds if self.seconds else 0.0
 
 
 class Engine:
@@ -133,7 +143,7 @@ class Engine:
         self._limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.batching)
         self._prefix_cache = settings.prefix_cache
         self._runner = runner
-        self._sampler = Sampler()
+        self._sampler = runner.make_sampler()
         self._digest = digest
         self._eos_token_ids = frozenset(eos_token_ids)
         self._overlaps = overlaps
@@ -145,6 +155,7 @@ class Engine:
         self._out = _Outbox()
         self._prefill_rate = Rate()
         self._decode_rate = Rate()
+        self._busy = Rate()
         self._checked_at = -CHECK_INTERVAL_S
 
     @property
@@ -287,13 +298,15 @@ class Engine:
         if not plan.num_scheduled_tokens:
             return None
         step, sampled = make_step_input(plan)
+        stopwatch = start_stopwatch(self._runner.device)
         logits = self._runner.forward(step, self._sampler.last_token_ids)
         sampling = self._sampler.sample(logits, sampled) if sampled else None
+        stopwatch.stop()
         for sequence, count in plan.num_scheduled_tokens.items():
             sequence.num_computed_tokens += count
             self._commit_blocks(sequence)
         awaited = [(sequence, sequence.await_token(row)) for row, sequence in enumerate(sampled)]
-        return _Flight(plan, awaited, sampling, began)
+        return _Flight(plan, awaited, sampling, began, stopwatch)
 
     def _land(self, flight: _Flight) -> None:
         """Take the tokens of a step that was launched."""
@@ -363,6 +376,7 @@ class Engine:
         else:
             load.decode_tokens_per_s = self._decode_rate.add(num_tokens, seconds)
         self.exchange.prefill_tokens_per_s = load.prefill_tokens_per_s
+        load.device_busy_share = min(1.0, self._busy.add(flight.stopwatch.seconds(), seconds))
         load.num_output_tokens += num_sampled
 
     def _count(self) -> None:

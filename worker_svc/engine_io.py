@@ -111,6 +111,7 @@ class EngineLoad:
     num_output_tokens: int = 0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    device_busy_share: float = 0.0  # of the time of recent steps that the device computed
     loaded: float = 0.0  # share of the weights
     last_step_at: float = 0.0  # monotonic seconds
     is_idle: bool = True

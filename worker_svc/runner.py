@@ -6,20 +6,27 @@ Knows tokens, positions and slots; what they belong to, and why, is the engine's
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from weft.errors import DecodeError, SettingsError
 from weft.hashing import BLOCK_SIZE
 from weft.model_folder import ModelFolder
+from worker_svc.backends.backend import Backend
 from worker_svc.backends.torch_backend import TorchBackend
 from worker_svc.memory import count_blocks, free_bytes, kv_bytes
 from worker_svc.models import read_spec
 from worker_svc.models.decoder import Decoder, asked_by
 from worker_svc.models.loader import Loader
+from worker_svc.sampler import Sampler
 from worker_svc.step_input import StepInput
+
+if TYPE_CHECKING:
+    from worker_svc.backends.cuda_graphs import CudaGraphs
+    from worker_svc.device_sampler import DeviceSampler
 from worker_svc.weights import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -42,6 +49,7 @@ class Runner:
         dtype: str,
         kv_memory: int | float,
         threads: int,
+        kernels: str = "auto",
         on_progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Load the weights and allocate the KV cache.
@@ -51,6 +59,7 @@ class Runner:
             dtype: of weights and KV; "auto" is float32 on the CPU, else what the config says.
             kv_memory: as `memory.kv_bytes` wants it.
             threads: of the CPU; 0 leaves the mesh its share.
+            kernels: "torch" or "triton"; "auto" is Triton on a GPU.
             on_progress: called with the share of the weights loaded so far.
 
         Raises:
@@ -60,7 +69,7 @@ class Runner:
         self._dtype = resolve_dtype(dtype, folder, self.device)
         torch.set_num_threads(resolve_threads(threads, DEFAULT_THREADS))
         spec = read_spec(folder)
-        self._backend = TorchBackend(self.device, self._dtype)
+        self._backend = make_backend(kernels, self.device, self._dtype)
         with torch.inference_mode(), Checkpoint(folder.path) as checkpoint:
             checkpoint.on_progress = on_progress
             checkpoint.check(asked_by(spec, self._backend))
@@ -83,6 +92,7 @@ class Runner:
             dtype=self._dtype,
             device=self.device,
         )
+        self._graphs = self._make_graphs()
         log.info(
             "model loaded",
             extra={
@@ -105,8 +115,28 @@ class Runner:
         Returns:
             Logits: [len(logit_rows), V] float32, on the device.
         """
+        logits = None if self._graphs is None else self._graphs.replay(step, last_tokens)
+        if logits is not None:
+            return logits
         batch = self._backend.make_batch(step, self._kinds, self._key_bytes, last_tokens)
         return self._decoder.forward(batch, self._kv_cache)
+
+    def make_sampler(self) -> Sampler | DeviceSampler:
+        """The sampler that suits the device."""
+        if isinstance(self._backend, TorchBackend):
+            return Sampler()
+        # Triton is there only where it is used.
+        from worker_svc.device_sampler import DeviceSampler
+
+        return DeviceSampler(self.device)
+
+    def _make_graphs(self) -> CudaGraphs | None:
+        if isinstance(self._backend, TorchBackend) or self.device.type != "cuda":
+            return None
+        # Triton is there only where it is used.
+        from worker_svc.backends.cuda_graphs import CudaGraphs
+
+        return CudaGraphs(lambda batch: self._decoder.forward(batch, self._kv_cache), self.device)
 
     @torch.inference_mode()
     def copy_block(self, source: int, target: int) -> None:
@@ -142,6 +172,18 @@ class Runner:
         """The cache by block: [L * heads, N, S * width]."""
         width = self._kv_cache.shape[-1]
         return self._kv_cache.view(-1, self.num_blocks, BLOCK_SIZE * width)
+
+
+def make_backend(kernels: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that `kernels` names. Raises SettingsError if the device cannot run it."""
+    if kernels == "torch" or (kernels == "auto" and device.type == "cpu"):
+        return TorchBackend(device, dtype)
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SettingsError("kernels: triton needs a GPU (or TRITON_INTERPRET=1, to try kernels on a CPU)")
+    # Triton is there only where it is used.
+    from worker_svc.backends.triton_backend import TritonBackend
+
+    return TritonBackend(device, dtype)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -41,6 +41,7 @@ def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad 
         dtype=settings.dtype,
         kv_memory=settings.kv_memory,
         threads=settings.threads,
+        kernels=settings.kernels,
         on_progress=on_progress,
     )
     warm_up(runner, settings.max_num_batched_tokens)

@@ -13,6 +13,7 @@ import torch
 
 from weft.columns import pack_u32, unpack_u32
 from weft.hashing import BLOCK_SIZE
+from worker_svc.sampler import Sampler
 from worker_svc.step_input import StepInput
 
 NOTHING = 2**32 - 1
@@ -48,6 +49,9 @@ class TokenRunner:
             contexts[row] = self.read(table, length)
         logits = [self.logits(contexts[row]) for row in step.logit_rows]
         return torch.stack(logits) if logits else torch.empty(0, self.vocab_size)
+
+    def make_sampler(self) -> Sampler:
+        return Sampler()
 
     def read(self, table: Sequence[int], length: int) -> list[int]:
         tokens = [self.slots[table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE] for i in range(length)]

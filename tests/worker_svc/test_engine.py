@@ -536,9 +536,10 @@ def test_load_numbers_follow_the_engine() -> None:
     assert (load.num_running, load.num_waiting, load.num_waiting_tokens, load.is_idle) == (0, 0, 0, True)
     assert load.num_output_tokens == 32 and load.num_prompt_tokens == 80
     assert load.prefill_tokens_per_s > 0 and load.decode_tokens_per_s > 0
+    assert 0 < load.device_busy_share <= 1
 
 
-def test_rate_is_weighed_by_tokens_and_forgets() -> None:
+def test_rate_is_weighed_by_amounts_and_forgets() -> None:
     rate = Rate()
     assert rate.add(100, 1.0) == 100
     assert 100 < rate.add(1000, 1.0) < 1000

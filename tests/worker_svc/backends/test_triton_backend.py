@@ -1,0 +1,26 @@
+"""Models on our kernels, in the interpreter, against the same models in torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.checkpoints import make_checkpoint
+from tests.support.steps import Driver, make_runner
+
+LENS = (1, 18)
+SEQUENCES = [[(7 * i + 3 * j) % 128 for j in range(length)] for i, length in enumerate(LENS)]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_kernels_compute_what_torch_does(tmp_path: Path, family: str) -> None:
+    folder = make_checkpoint(tmp_path, family, head_dim=16, num_hidden_layers=1, sliding_window=7)
+    # Prefill chunks beside a whole prompt, then decodes alone.
+    schedule: list[dict[int, int]] = [{1: 15}, {0: 1, 1: 2}, {1: 1}]
+    expected = Driver(make_runner(folder), SEQUENCES).play(schedule)
+    found = Driver(make_runner(folder, kernels="triton"), SEQUENCES).play(schedule)
+    for one, other in zip(expected, found, strict=True):
+        # Float32 in another order, at logits of magnitude 10.
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
