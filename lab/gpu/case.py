@@ -6,7 +6,7 @@ the device: `compile_cases()`, `checks(device)`, `tunings(device)`, `timings(dev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class CompileCase:
     constants: dict[str, Any]  # of the constexpr arguments
     num_warps: int = 4
     num_stages: int = 3
+    aligned: frozenset[str] = frozenset()  # integers that are multiples of 16; pointers all are
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +58,23 @@ class Timing:
     num_operations: int = 0  # 2 for a multiply-add
     rivals: dict[str, Callable[[], Callable[[], object]]] = field(default_factory=dict)  # by name: torch's own, say
     bar: float | None = None  # least share of the floor, as the issue asks
+
+
+def compile_case(
+    name: str,
+    kernel: Any,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    config: Config,
+    aligned: Iterable[str] = (),
+) -> CompileCase:
+    """A case of a kernel whose other arguments, neither in `arguments` nor in `constants`, are None."""
+    signature = {argument: arguments.get(argument, "constexpr") for argument in kernel.arg_names}
+    nones = {argument: None for argument, kind in signature.items() if kind == "constexpr"}
+    constants = nones | config.blocks | constants
+    return CompileCase(name, kernel, signature, constants, config.num_warps, config.num_stages, frozenset(aligned))
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """||out - expected|| / ||expected||, as `Check` wants it."""
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
