@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-
 _CHOICE = b'"choices":[{'  # no text can hold it: quotes in it are escaped
 
 

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -75,15 +75,30 @@ Benchmark = Callable[[], list[Figure]]
 
 def run(benchmarks: dict[str, Benchmark], description: str) -> None:
     """Entry point of a benchmark module: run what `--only` names, print, write `--json`; exits 0 whatever they say."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--only", action="append", choices=list(benchmarks), help="run only this one; may be repeated")
+    measure(benchmarks, flags(benchmarks, description).parse_args())
+
+
+def flags(names: Iterable[str], description: str) -> argparse.ArgumentParser:
+    """The flags that every benchmark module has, for one that has more of its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(names), help="run only this one; may be repeated")
     parser.add_argument("--json", type=Path, help="write figures and conditions to this file")
-    options = parser.parse_args()
+    return parser
+
+
+def measure(
+    benchmarks: dict[str, Benchmark], options: argparse.Namespace, rivals: dict[str, str] | None = None
+) -> None:
+    """Run, print and write as the flags say; `rivals` gives the versions of what was measured against."""
     conditions = Conditions()
+    releases = rivals or {}
+    conditions.packages.update(releases)
     figures: list[Figure] = []
     for name in options.only or benchmarks:
         say(f"{name} …")
         figures += benchmarks[name]()
+    for rival, release in releases.items():
+        sys.stdout.write(f"{rival} | {release}\n")
     for figure in figures:
         sys.stdout.write(figure.line() + "\n")
     if options.json:

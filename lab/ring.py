@@ -1,4 +1,4 @@
-"""A whole mesh as users start it, for a benchmark: `weft up` in a process, on a free port; any other server likewise."""
+"""A whole mesh as users start it, for a benchmark: `weft up` in a process, on a free port. Other servers likewise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +56,7 @@ def server(command: list[str], environ: dict[str, str], ready_url: str, wait_s: 
         RuntimeError: it did not get ready; with what it wrote.
     """
     with tempfile.TemporaryFile("w+") as output:
-        # In a session of its own, so that no process it started outlives it.
-        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
         try:
             if not _is_ready(process, ready_url, time.perf_counter() + wait_s):
                 output.seek(0)
@@ -65,11 +64,11 @@ def server(command: list[str], environ: dict[str, str], ready_url: str, wait_s: 
             yield process.pid
         finally:
             process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(timeout=30)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def free_port() -> int:
