@@ -72,7 +72,12 @@ def _compile(name: tuple[str, int]) -> tuple[str, Resources | str]:
 def compile_for_hopper(case: CompileCase) -> Any:
     """Triton's compiled kernel, whose `asm` holds every stage down to the machine code."""
     constants = {(case.kernel.arg_names.index(name),): value for name, value in case.constants.items()}
-    source = ASTSource(case.kernel, case.signature, constants)
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(case.signature.items())
+        if kind.startswith("*") or name in case.aligned
+    }
+    source = ASTSource(case.kernel, case.signature, constants, attributes)
     return triton.compile(source, HOPPER, {"num_warps": case.num_warps, "num_stages": case.num_stages})
 
 

@@ -20,21 +20,23 @@ import torch
 import triton
 import triton.language as tl
 
+from weft.hashing import BLOCK_SIZE
+from worker_svc.kernels.split_kv import allocate_partials, merge_splits, online_softmax, store_tile
 from worker_svc.kernels.tuning import Config, choose
 from worker_svc.kernels.varlen import (
+    FLOATS,
     LOG2_E,
-    Launch,
+    SLOTS,
+    StepKind,
     VarlenBatch,
-    allocate_partials,
     attend_reference,
+    check_positive,
     check_tensor,
-    key_slots,
+    key_blocks,
     locate,
-    merge_splits,
-    online_softmax,
     plan_launch,
     sequence_slots,
-    store_tile,
+    step_kind,
     zero_unowned_rows,
 )
 
@@ -67,21 +69,27 @@ def paged_attention_reference(
 
 
 @triton.jit
+def _seen_by_all(
+    context, first_query, query_len, begin, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """First and last + 1 of the keys from `begin` that every row of a unit sees, in whole tiles; may be none."""
+    start = begin
+    if WINDOW is not None:
+        last = context + tl.minimum(first_query + BLOCK_Q, query_len) - 1
+        start = tl.maximum((last - WINDOW + BLOCK_N) // BLOCK_N * BLOCK_N, begin)
+    return start, tl.maximum((context + first_query + 1) // BLOCK_N * BLOCK_N, start)
+
+
+@triton.jit
 def _attend_tiles(
     q,
-    acc,
-    peak,
-    total,
+    state,
     begin,
     end,
     first_key,
     positions,
-    k_ptr,
-    v_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    table_ptr,
-    kv_stride_slot,
+    cache,
+    scales,
     softmax_scale,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -90,35 +98,43 @@ def _attend_tiles(
     IS_MASKED: tl.constexpr,
 ):
     """Go on with keys `begin` to `end`. Unless IS_MASKED, these are whole tiles of which every row sees every key."""
+    acc, peak, total = state
+    k_ptr, v_ptr, table_ptr, stride_slot = cache
     columns = tl.arange(0, q.shape[1])[None, :]
+    # Read one tile ahead, so that the loads of K and V that depend on it run as far ahead as there are stages.
+    blocks = key_blocks(begin, end, table_ptr, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         keys = tl.multiple_of(start, BLOCK_N) + tl.arange(0, BLOCK_N)
-        is_read = keys < end
-        if WINDOW is not None:
-            is_read &= keys >= first_key
-        if not IS_MASKED:
-            is_read = tl.full([BLOCK_N], True, tl.int1)
-        slots = key_slots(keys, table_ptr, is_read)
-        offsets = slots[:, None] * kv_stride_slot + columns
+        slots = blocks.to(tl.int64) * SLOTS + keys % SLOTS
+        blocks = key_blocks(start + BLOCK_N, end, table_ptr, BLOCK_N)
+        is_read = tl.full([BLOCK_N], True, tl.int1)
+        if IS_MASKED:
+            is_read = keys < end
+            if WINDOW is not None:
+                is_read &= keys >= first_key
+        offsets = slots[:, None] * stride_slot + columns
         mask = is_read[:, None] & (columns < HEAD_DIM)
-        k = tl.load(k_ptr + offsets, mask=mask, other=0.0).to(q.dtype)
+        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+        if scales is not None:
+            k = k.to(tl.float32).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if k_scale_ptr is not None:
-            scores *= tl.load(k_scale_ptr + slots, mask=is_read, other=0.0)[None, :]
         factor = softmax_scale * LOG2_E
+        if scales is not None:
+            scores *= tl.load(scales[0] + slots, mask=is_read, other=0.0)[None, :]
         if SOFT_CAP is not None:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is exact at both infinities.
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both infinities.
             scores = 1.0 - 2.0 / (tl.exp2(scores * (factor * (2.0 / SOFT_CAP))) + 1.0)
             factor = SOFT_CAP * LOG2_E
         if IS_MASKED:
-            is_seen = keys[None, :] <= positions[:, None]
+            is_seen = is_read[None, :] & (keys[None, :] <= positions[:, None])
             if WINDOW is not None:
                 is_seen &= keys[None, :] > positions[:, None] - WINDOW
-            scores = tl.where(is_seen & is_read[None, :], scores, float("-inf"))
+            scores = tl.where(is_seen, scores, float("-inf"))
         weights, decay, peak, total = online_softmax(scores, factor, peak, total)
-        if v_scale_ptr is not None:
-            weights *= tl.load(v_scale_ptr + slots, mask=is_read, other=0.0)[None, :]
-        v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(q.dtype)
+        v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+        if scales is not None:
+            v = v.to(tl.float32).to(q.dtype)
+            weights *= tl.load(scales[1] + slots, mask=is_read, other=0.0)[None, :]
         acc = tl.dot(weights.to(q.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, peak, total
 
@@ -152,18 +168,20 @@ def _paged_attention_kernel(
     TILE_HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     NUM_EXTRA: tl.constexpr,
+    MIN_SHARE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One unit and split for TILE_HEADS heads."""
-    zero_unowned_rows(out_ptr, cu_seqlens_ptr, num_sequences, num_tokens, NUM_HEADS * HEAD_DIM)
+    num_owned = tl.load(cu_seqlens_ptr + num_sequences)
     program = tl.program_id(0) // NUM_HEAD_TILES
     head_tile = tl.program_id(0) % NUM_HEAD_TILES
     sequence, first_row, query_len, context, first_query, first_key, begin, end, num_splits = locate(
-        program, cu_seqlens_ptr, seq_lens_ptr, num_sequences, WINDOW, BLOCK_N, BLOCK_Q, NUM_EXTRA, BLOCK_B
+        program, cu_seqlens_ptr, seq_lens_ptr, num_sequences, WINDOW, BLOCK_N, BLOCK_Q, NUM_EXTRA, MIN_SHARE, BLOCK_B
     )
+    zero_unowned_rows(out_ptr, num_owned, num_tokens, NUM_HEADS * HEAD_DIM)
     if query_len == 0:
         return
     TILES_OF_GROUP: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
@@ -182,35 +200,30 @@ def _paged_attention_kernel(
     q = tl.load(q_ptr + q_offsets[:, None] + columns, mask=q_mask, other=0.0)
     k_ptr = kv_ptr + kv_head * kv_stride_head
     v_ptr = k_ptr + (NUM_HEADS // GROUP) * kv_stride_head.to(tl.int64)
-    k_scale_ptr = None
-    v_scale_ptr = None
+    cache = (k_ptr, v_ptr, block_tables_ptr + sequence.to(tl.int64) * table_stride, kv_stride_slot)
+    scales = None
     if scales_ptr is not None:
         k_scale_ptr = scales_ptr + kv_head * scales_stride
-        v_scale_ptr = k_scale_ptr + (NUM_HEADS // GROUP) * scales_stride.to(tl.int64)
-    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
+        scales = (k_scale_ptr, k_scale_ptr + (NUM_HEADS // GROUP) * scales_stride.to(tl.int64))
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    # A large tile computes for longer than it reads: most keys are seen by all of its rows, and go without masks.
-    all_seen = begin
-    masked = begin
+    state = (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), peak, tl.zeros([BLOCK_M], tl.float32))
+    # A small tile reads for longer than it computes, and may mask all of it. A large one computes for longer.
+    start = begin
     if BLOCK_M >= 64:
-        last = context + tl.minimum(first_query + BLOCK_Q, query_len) - 1
+        all_seen, start = _seen_by_all(context, first_query, query_len, begin, WINDOW, BLOCK_Q, BLOCK_N)
         if WINDOW is not None:
-            all_seen = tl.maximum((last - WINDOW + BLOCK_N) // BLOCK_N * BLOCK_N, begin)
-            acc, peak, total = _attend_tiles(
-                q, acc, peak, total, begin, tl.minimum(all_seen, end), first_key, positions, k_ptr, v_ptr, k_scale_ptr,
-                v_scale_ptr, table_ptr, kv_stride_slot, softmax_scale, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_N, True,
+            state = _attend_tiles(
+                q, state, begin, tl.minimum(all_seen, end), first_key, positions, cache, scales, softmax_scale,
+                HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_N, True,
             )  # fmt: skip
-        masked = tl.maximum((context + first_query + 1) // BLOCK_N * BLOCK_N, all_seen)
-        acc, peak, total = _attend_tiles(
-            q, acc, peak, total, all_seen, tl.minimum(masked, end), first_key, positions, k_ptr, v_ptr, k_scale_ptr,
-            v_scale_ptr, table_ptr, kv_stride_slot, softmax_scale, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_N, False,
+        state = _attend_tiles(
+            q, state, all_seen, tl.minimum(start, end), first_key, positions, cache, scales, softmax_scale,
+            HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_N, False,
         )  # fmt: skip
     acc, peak, total = _attend_tiles(
-        q, acc, peak, total, masked, end, first_key, positions, k_ptr, v_ptr, k_scale_ptr,
-        v_scale_ptr, table_ptr, kv_stride_slot, softmax_scale, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_N, True,
+        q, state, start, end, first_key, positions, cache, scales, softmax_scale,
+        HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_N, True,
     )  # fmt: skip
     store_tile(
         acc, peak, total, first_row + queries, heads, is_valid, num_splits, out_ptr, partial_ptr, lse_ptr,
@@ -245,12 +258,16 @@ def paged_attention(
     Raises:
         ValueError: a shape, dtype or stride is not as above; names the tensor.
     """
-    _check(q, kv, kv_scales, softmax_scale)
+    check_positive(softmax_scale=softmax_scale, window=window, soft_cap=soft_cap)
+    _check(q, kv, kv_scales)
     (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, len(kv) // 2
-    config = config or choose_config(q, kv, batch)
+    if config is None:
+        kind = step_kind(batch, num_tokens, num_heads // num_kv_heads)
+        default = default_config(kind, head_dim, q.dtype)
+        config = choose("paged_attention", tuning_key(kind, head_dim, kv.dtype), default, q.device)
     launch = plan_launch(batch, num_tokens, num_heads, num_kv_heads, config.blocks["BLOCK_M"], window)
     out = q.new_empty(num_tokens, num_heads * head_dim)
-    partials = allocate_partials(launch, config, head_dim, q.device)
+    partials = allocate_partials(launch, config.blocks["BLOCK_M"], head_dim, q.device)
     shape = {"NUM_HEADS": num_heads, "GROUP": num_heads // num_kv_heads, "WINDOW": window}
     _paged_attention_kernel[(launch.num_programs * launch.num_head_tiles,)](
         q,
@@ -277,14 +294,51 @@ def paged_attention(
         **launch.constants(),
         **config.arguments(),
     )
-    merge_splits(partials, out, batch, launch, config, head_dim, shape)
+    merge_splits(partials, out, batch, launch, config.blocks, shape)
     return out
 
 
-def choose_config(q: torch.Tensor, kv: torch.Tensor, batch: VarlenBatch) -> Config:
-    """Block sizes by what bounds the step: reading keys, or computing with them."""
-    raise NotImplementedError
+def default_config(kind: StepKind, head_dim: int, dtype: torch.dtype) -> Config:
+    """Block sizes for a GPU like the H100, with 227 KB of shared memory and 255 registers a thread.
+
+    Args:
+        dtype: of q.
+    """
+    if dtype == torch.float32:
+        # Products in float32 are not made by tensor cores: small tiles keep their operands in registers.
+        small = {"decode": {"BLOCK_M": 16, "BLOCK_N": 32}}.get(kind, {"BLOCK_M": 32, "BLOCK_N": 16})
+        return Config(small, num_warps=8, num_stages=2)
+    block_n = 64 if head_dim <= 128 else 32
+    if kind == "decode":
+        return Config({"BLOCK_M": 16, "BLOCK_N": block_n}, num_warps=4, num_stages=3)
+    if kind == "mixed" and head_dim <= 128:
+        return Config({"BLOCK_M": 64, "BLOCK_N": block_n}, num_warps=4, num_stages=3)
+    return Config({"BLOCK_M": 128, "BLOCK_N": block_n}, num_warps=8, num_stages=3)
 
 
-def _check(q: torch.Tensor, kv: torch.Tensor, kv_scales: torch.Tensor | None, softmax_scale: float) -> None:
-    pass
+def tuning_key(kind: StepKind, head_dim: int, kv_dtype: torch.dtype) -> str:
+    """What the best block sizes depend on."""
+    return f"{kind} D{head_dim} {str(kv_dtype).removeprefix('torch.')}"
+
+
+def _check(q: torch.Tensor, kv: torch.Tensor, kv_scales: torch.Tensor | None) -> None:
+    if q.dim() != 3 or kv.dim() != 3:
+        raise ValueError(
+            f"q and kv have shapes {tuple(q.shape)} and {tuple(kv.shape)}, expected [T, H, D] and [2 KH, N S, D]"
+        )
+    (num_tokens, num_heads, head_dim), (num_kv, num_slots, _) = q.shape, kv.shape
+    check_tensor("q", q, (num_tokens, num_heads, head_dim))
+    if q.dtype not in FLOATS:
+        raise ValueError(f"q is {q.dtype}, expected float32, bfloat16 or float16")
+    if num_kv == 0 or num_kv % 2 or num_heads % (num_kv // 2):
+        raise ValueError(f"kv has {num_kv} heads of K and V, expected twice a divisor of q's {num_heads}")
+    if num_slots % BLOCK_SIZE:
+        raise ValueError(f"kv has {num_slots} slots, expected a multiple of {BLOCK_SIZE}")
+    is_quantized = kv.dtype in QUANTIZED
+    check_tensor("kv", kv, (num_kv, num_slots, head_dim), kv.dtype if is_quantized else q.dtype)
+    if is_quantized != (kv_scales is not None):
+        raise ValueError(
+            f"kv is {kv.dtype}, expected kv_scales {'with it' if is_quantized else 'only with int8 or fp8'}"
+        )
+    if kv_scales is not None:
+        check_tensor("kv_scales", kv_scales, (num_kv, num_slots), torch.float32)
