@@ -20,10 +20,44 @@ SPECIAL_TOKENS: Final = ("<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 
 ARCHITECTURES: Final = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+# What a family's config says besides, or instead.
+_GEMMA: Final = {"query_pre_attn_scalar": 8, "sliding_window": 20, "tie_word_embeddings": True}
+_OF_FAMILY: Final[dict[str, dict[str, Any]]] = {
+    "deepseek_v2": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA
+    | {
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+            "full_attention": {"rope_theta": 1000000.0, "rope_type": "default"},
+        },
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 _DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CHAT_TEMPLATE: Final = (
@@ -60,7 +94,7 @@ def make_checkpoint(
     end-of-sequence token 1. Its greedy text is nonsense, but neither constant nor short of close calls.
 
     Args:
-        family: "llama", "mistral", "qwen2" or "qwen3".
+        family: a key of `ARCHITECTURES`.
         tokenizer: also train a byte-level BPE tokenizer (tokenizer.json, tokenizer_config.json, chat_template.jinja);
             `vocab_size` becomes its size, about 384. Its first ids are `SPECIAL_TOKENS`.
         seed: of the weights: equal arguments give equal files.
@@ -87,7 +121,8 @@ def make_checkpoint(
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
         "dtype": "float32",
-    } | overrides
+    }
+    config |= _OF_FAMILY.get(family, {}) | overrides
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "do_sample": False})
     save_file(random_weights(config, seed, std), folder / "model.safetensors", metadata={"format": "pt"})

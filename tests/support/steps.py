@@ -21,10 +21,11 @@ from worker_svc.step_input import StepInput
 Schedule = Iterable[Mapping[int, int]]
 
 
-def make_runner(folder: Path, **changes: Any) -> Runner:
+def make_runner(folder: Path, *, max_model_len: int = 0, **changes: Any) -> Runner:
     """A runner on one CPU thread with a megabyte of KV."""
     arguments: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_memory": 2**20, "threads": 1}
-    return Runner(model_folder.read(ModelSettings(model=str(folder))), **(arguments | changes))
+    settings = ModelSettings(model=str(folder), max_model_len=max_model_len)
+    return Runner(model_folder.read(settings), **(arguments | changes))
 
 
 class Driver:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -41,13 +42,10 @@ class TokenRunner:
         assert len(set(step.slot_mapping)) == len(step.slot_mapping)
         for slot, token_id in zip(step.slot_mapping, step.token_ids, strict=True):
             self.slots[slot] = token_id
-        contexts: dict[int, list[int]] = {}
-        row = -1
-        for count, length, table in zip(step.query_lens, step.seq_lens, step.block_tables, strict=True):
-            row += count
-            assert step.positions[row] == length - 1
-            contexts[row] = self.read(table, length)
-        logits = [self.logits(contexts[row]) for row in step.logit_rows]
+        owners = [i for i, count in enumerate(step.query_lens) for _ in range(count)]
+        assert [step.positions[end - 1] + 1 for end in accumulate(step.query_lens)] == step.seq_lens
+        contexts = [self.read(step.block_tables[owners[row]], step.positions[row] + 1) for row in step.logit_rows]
+        logits = [self.logits(context) for context in contexts]
         return torch.stack(logits) if logits else torch.empty(0, self.vocab_size)
 
     def make_sampler(self) -> Sampler:
@@ -82,6 +80,9 @@ class TokenRunner:
     def write_blocks(self, block_ids: list[int], blocks: list[bytes]) -> None:
         for block_id, data in zip(block_ids, blocks, strict=True):
             self._put(block_id, unpack_u32(data))
+
+    def close(self) -> None:
+        pass
 
     def _get(self, block_id: int) -> list[int]:
         return self.slots[block_id * BLOCK_SIZE : (block_id + 1) * BLOCK_SIZE]

@@ -28,6 +28,23 @@ class Linear(Protocol):
         """`residual + self(x)`, in one kernel where there is one; may overwrite `residual`. Returns: [T, out]."""
 
 
+class Experts(Protocol):
+    """Gated MLPs of which each token passes a few: sum of weight * W_down (activation(W_gate x) * W_up x)."""
+
+    def add(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """`residual` with the sum for `x` added; may overwrite `residual`.
+
+        Args:
+            x: [T, E]
+            expert_ids, weights: [T, k], as `route` gives them.
+
+        Returns:
+            [T, E].
+        """
+
+
 class Norm(Protocol):
     """Root mean square norm over the last dimension."""
 
@@ -56,6 +73,17 @@ class AttentionKind:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts a token passes: those of the largest softmax scores."""
+
+    experts_per_token: int
+    is_normalized: bool  # the weights of a token's experts add up to `scale`
+    scale: float = 1.0  # of the weights
+    num_groups: int = 1  # of experts; only those of the groups with the largest scores are chosen from
+    groups_per_token: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step as tensors, made once and used by every layer."""
 
@@ -80,11 +108,17 @@ class Backend(Protocol):
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         """`weight`: [out, in], in float on the device, or quantized anywhere; `bias`: [out]."""
 
+    def experts(self, weights: Iterable[tuple[Weight, Weight]], activation: Activation) -> Experts:
+        """Of each expert the weights of gate and up, side by side as in `gate`, and of down; each as for `linear`."""
+
     def norm(self, weight: torch.Tensor, eps: float) -> Norm:
-        """`weight`: [E]."""
+        """`weight`: [E], of the backend's type or float32."""
 
     def qk_norm(self, q_weight: torch.Tensor, k_weight: torch.Tensor, shape: HeadShape, eps: float) -> Any:
-        """Norms of single heads of q and k, for `rotate_and_write`. Both weights: [D], in the order of the heads."""
+        """Norms of single heads of q and k, for `rotate_and_write`.
+
+        Both weights: [D], in the order of the heads, of a type as for `norm`.
+        """
 
     def frequencies(self, rope: Rope, rotary_dim: int) -> torch.Tensor:
         """What `turns` wants to know of the positions' encoding."""
@@ -101,8 +135,8 @@ class Backend(Protocol):
             last_tokens: [any] int64; what the step's pending tokens are taken from.
         """
 
-    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-        """Rotary angles of a step in the form that `rotate_and_write` wants."""
+    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float) -> torch.Tensor:
+        """Rotary angles of a step in the form that `rotate_and_write` wants; turned vectors grow by the factor."""
 
     def rotate_and_write(
         self, qkv: torch.Tensor, shape: HeadShape, qk_norm: Any, turns: torch.Tensor, kv: torch.Tensor, batch: Batch
@@ -117,8 +151,23 @@ class Backend(Protocol):
             q: [T, H, D].
         """
 
+    def rotate_and_write_latent(
+        self, q: torch.Tensor, latent: torch.Tensor, norm: Norm, turns: torch.Tensor, kv: torch.Tensor, batch: Batch
+    ) -> None:
+        """Norm the latents, rotate the last P channels of q and of the keys beside the latents, fill the cache.
+
+        Args:
+            q: [T, H, R + P]; its last channels are rotated in place.
+            latent: [T, R + P]; latents, then the keys that all heads share. May be overwritten.
+            norm: of latents, [T, R].
+            kv: [1, N * S, R + P]; one layer's cache.
+        """
+
     def attend(self, q: torch.Tensor, kv: torch.Tensor, kind: AttentionKind, batch: Batch) -> torch.Tensor:
         """softmax(q k^T * scale) v over what each query sees; `q`: [T, H, D]; returns [T, H * Dv]."""
+
+    def route(self, logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of each token, all different, and their weights: [T, k] each; `logits`: [T, experts] float32."""
 
     def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """`activation(gate) * up`; `gate_up`: [T, 2 * inner], gate first; returns [T, inner]."""

@@ -1,26 +1,26 @@
 """Everything in torch: the fast path of a CPU, and what kernels are compared with elsewhere.
 
-A step's rows are put into the order of the attention's groups (`worker_svc.attention`).
+A step's rows are put into the order of the attention's families (`worker_svc.attention_plan`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 
 from worker_svc import rope
-from worker_svc.attention import Group, attend, group_sequences, plan_group
-from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear
+from worker_svc.attention import attend
+from worker_svc.attention_plan import Unit, find_families, order_rows, plan_units
+from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear, Norm, Routing
+from worker_svc.backends.torch_experts import TorchExperts, gated, route
 from worker_svc.backends.torch_layers import RmsNorm, make_linear
 from worker_svc.quantization import Weight
 from worker_svc.step_input import StepInput
 
 # What attends to what, for each window that a layer has.
-Groups = Mapping[int | None, tuple[Group, ...]]
+Units = Mapping[int | None, tuple[Unit, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,11 @@ class TorchBackend:
     dtype: torch.dtype
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
-        return make_linear(weight, bias)
+        return make_linear(weight, bias, self.dtype)
+
+    def experts(self, weights: Iterable[tuple[Weight, Weight]], activation: Activation) -> TorchExperts:
+        experts = [(self.linear(gate_up, None), self.linear(down, None)) for gate_up, down in weights]
+        return TorchExperts(experts, activation)
 
     def norm(self, weight: torch.Tensor, eps: float) -> RmsNorm:
         return RmsNorm(weight, eps)
@@ -47,8 +51,8 @@ class TorchBackend:
     def make_batch(
         self, step: StepInput, kinds: Iterable[AttentionKind], key_bytes: int, last_tokens: torch.Tensor | None
     ) -> Batch:
-        members = group_sequences(step.query_lens, step.seq_lens, key_bytes=key_bytes)
-        rows = _row_order(members, step.query_lens)
+        families = find_families(step)
+        rows = order_rows(families, step.query_lens)
         columns = (step.token_ids, step.positions, step.slot_mapping)
         inputs = torch.tensor([[column[row] for row in rows] for column in columns], dtype=torch.int64)
         token_ids, positions, slots = inputs.to(self.device).unbind(0)
@@ -62,12 +66,12 @@ class TorchBackend:
             token_ids,
             positions,
             slots,
-            {window: self._groups(step, members, window) for window in {kind.window for kind in kinds}},
+            {window: plan_units(families, step, window) for window in {kind.window for kind in kinds}},
             None if is_all else torch.tensor(logit_rows, dtype=torch.int64, device=self.device),
         )
 
-    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-        return rope.turns(positions, frequencies)
+    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float) -> torch.Tensor:
+        return rope.turns(positions, frequencies, attention_factor)
 
     def rotate_and_write(
         self,
@@ -87,32 +91,21 @@ class TorchBackend:
         kv.index_copy_(1, batch.slots, heads[:, shape.num_heads :].transpose(0, 1))
         return heads[:, : shape.num_heads]
 
+    def rotate_and_write_latent(
+        self, q: torch.Tensor, latent: torch.Tensor, norm: Norm, turns: torch.Tensor, kv: torch.Tensor, batch: Batch
+    ) -> None:
+        rank = latent.shape[1] - 2 * turns.shape[-1]
+        rope.rotate_(q[..., rank:], turns)
+        kept = torch.cat([norm(latent[:, :rank]), latent[:, rank:]], dim=1)
+        rope.rotate_(kept[:, None, rank:], turns)
+        kv[0].index_copy_(0, batch.slots, kept)
+
     def attend(self, q: torch.Tensor, kv: torch.Tensor, kind: AttentionKind, batch: Batch) -> torch.Tensor:
-        groups: Groups = batch.attention
-        return attend(q, kv, groups[kind.window], kind)
+        units: Units = batch.attention
+        return attend(q, kv, units[kind.window], kind)
+
+    def route(self, logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        return route(logits, routing)
 
     def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-        return activated.mul_(up)
-
-    def _groups(self, step: StepInput, members: Sequence[Sequence[int]], window: int | None) -> tuple[Group, ...]:
-        starts = accumulate([len(group) * step.query_lens[group[0]] for group in members], initial=0)
-        return tuple(
-            plan_group(
-                start,
-                step.query_lens[group[0]],
-                [step.seq_lens[i] for i in group],
-                [step.block_tables[i] for i in group],
-                window=window,
-                dtype=self.dtype,
-                device=self.device,
-            )
-            for start, group in zip(starts, members, strict=False)
-        )
-
-
-def _row_order(groups: Sequence[Sequence[int]], query_lens: Sequence[int]) -> list[int]:
-    """Rows of the step in the order of the groups' sequences."""
-    starts = list(accumulate(query_lens, initial=0))
-    return [row for group in groups for i in group for row in range(starts[i], starts[i + 1])]
+        return gated(gate_up, activation)

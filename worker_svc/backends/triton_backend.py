@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from worker_svc import rope
-from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear
+from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear, Norm, Routing
 from worker_svc.backends.device_step import DeviceStep
+from worker_svc.backends.torch_experts import EveryExpert, route
 from worker_svc.backends.triton_layers import TritonNorm, make_linear
 from worker_svc.kernels.mla_attention import mla_attention
 from worker_svc.kernels.paged_attention import paged_attention
 from worker_svc.kernels.rope_kv_write import HeadNorms, rope_kv_write
+from worker_svc.kernels.rope_latent_write import rope_latent_write
 from worker_svc.kernels.swiglu import swiglu
 from worker_svc.quantization import Weight
 from worker_svc.step_input import StepInput
@@ -33,6 +35,10 @@ class TritonBackend:
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         return make_linear(weight, bias, self.device)
+
+    def experts(self, weights: Iterable[tuple[Weight, Weight]], activation: Activation) -> EveryExpert:
+        experts = [(self.linear(gate_up, None), self.linear(down, None)) for gate_up, down in weights]
+        return EveryExpert(experts, lambda gate_up: swiglu(gate_up, activation))
 
     def norm(self, weight: torch.Tensor, eps: float) -> TritonNorm:
         return TritonNorm(weight, eps)
@@ -49,9 +55,9 @@ class TritonBackend:
         is_all = step.logit_rows == list(range(len(step.token_ids)))
         return DeviceStep.of(step, last_tokens, self.device).batch(None if is_all else step.logit_rows)
 
-    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float) -> torch.Tensor:
         """Returns: [T, P / 2, 2] float32, cosine and sine."""
-        return torch.view_as_real(rope.turns(positions, frequencies)).squeeze(1)
+        return torch.view_as_real(rope.turns(positions, frequencies, attention_factor)).squeeze(1)
 
     def rotate_and_write(
         self,
@@ -64,12 +70,21 @@ class TritonBackend:
     ) -> torch.Tensor:
         return rope_kv_write(qkv, turns, batch.slots, kv, norms=qk_norm)
 
+    def rotate_and_write_latent(
+        self, q: torch.Tensor, latent: torch.Tensor, norm: Norm, turns: torch.Tensor, kv: torch.Tensor, batch: Batch
+    ) -> None:
+        rank = latent.shape[1] - 2 * turns.shape[1]
+        rope_latent_write(q, norm(latent[:, :rank]), latent[:, rank:], turns, batch.slots, kv[0])
+
     def attend(self, q: torch.Tensor, kv: torch.Tensor, kind: AttentionKind, batch: Batch) -> torch.Tensor:
         options: dict[str, Any] = {"softmax_scale": kind.softmax_scale}
         if kind.value_dim is not None:
             return mla_attention(q, kv[0], batch.attention, latent_dim=kind.value_dim, **options).flatten(1)
         attended = paged_attention(q, kv, batch.attention, window=kind.window, soft_cap=kind.soft_cap, **options)
         return attended.view(len(q), -1)
+
+    def route(self, logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        return route(logits, routing)
 
     def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         return swiglu(gate_up, activation)

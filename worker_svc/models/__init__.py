@@ -7,16 +7,33 @@ from typing import Final
 
 from weft.errors import SettingsError
 from weft.model_folder import ModelFolder
-from worker_svc.models import llama, mistral, qwen2, qwen3
+from worker_svc.models import (
+    deepseek_v2,
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from worker_svc.models.config import ConfigReader
 from worker_svc.models.spec import DecoderSpec
 
 # By the name that config.json gives in `architectures`.
 FAMILIES: Final[dict[str, Callable[[ConfigReader], DecoderSpec]]] = {
+    "DeepseekV2ForCausalLM": deepseek_v2.read_spec,
+    "Gemma2ForCausalLM": gemma2.read_spec,
+    "Gemma3ForCausalLM": gemma3.read_spec,
     "LlamaForCausalLM": llama.read_spec,
     "MistralForCausalLM": mistral.read_spec,
+    "MixtralForCausalLM": mixtral.read_spec,
+    "Phi3ForCausalLM": phi3.read_spec,
     "Qwen2ForCausalLM": qwen2.read_spec,
     "Qwen3ForCausalLM": qwen3.read_spec,
+    "Qwen3MoeForCausalLM": qwen3_moe.read_spec,
 }
 
 
@@ -26,12 +43,10 @@ def read_spec(folder: ModelFolder) -> DecoderSpec:
     Raises:
         SettingsError: a family that is not known, or a config that lacks, contradicts or asks for something unknown.
     """
-    config = ConfigReader(folder.config, f"{folder.path.name}/config.json")
+    config = ConfigReader(folder.config, f"{folder.path.name}/config.json", folder.max_model_len)
     names = folder.config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise SettingsError(f"{config.source}: architecture {name!r} is not known; known are {known}")
-    if folder.config.get("quantization_config"):
-        raise SettingsError(f"{config.source}: quantization_config is set, and quantized weights cannot be loaded")
     return FAMILIES[name](config)

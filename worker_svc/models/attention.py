@@ -5,62 +5,80 @@ x + W_o attend(rope(qk_norm(W_qkv norm(x))))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from worker_svc import rope
-from worker_svc.backends.backend import AttentionKind, Backend, Batch, HeadShape, Linear, Norm
-from worker_svc.models.loader import Part, WeightReader
-from worker_svc.models.spec import DecoderSpec
+from worker_svc.backends.backend import AttentionKind, Backend, Batch, HeadShape, Linear
+from worker_svc.models.builder import Builder, Output
+from worker_svc.models.loader import Part
+from worker_svc.models.spec import GroupedQueries
 from worker_svc.rope import Rope
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One layer's, with its norm."""
+    """One layer's."""
 
     backend: Backend
     shape: HeadShape
     kind: AttentionKind
     rope: Rope
-    norm: Norm
     qkv: Linear
     qk_norm: Any  # the backend's own, or None
-    output: Linear
+    output: Output
 
-    def add(self, x: torch.Tensor, kv: torch.Tensor, turns: dict[Rope, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """Returns: [T, E], x with this layer's attention added."""
-        qkv = self.qkv(self.norm(x))
+    def add(
+        self,
+        normed: torch.Tensor,
+        residual: torch.Tensor,
+        kv: torch.Tensor,
+        turns: dict[Rope, torch.Tensor],
+        batch: Batch,
+    ) -> torch.Tensor:
+        """Returns: [T, E], `residual` with the attention of `normed` added."""
+        qkv = self.qkv(normed)
         q = self.backend.rotate_and_write(qkv, self.shape, self.qk_norm, turns[self.rope], kv, batch)
-        return self.output.add(self.backend.attend(q, kv, self.kind, batch), x)
+        return self.output.add(self.backend.attend(q, kv, self.kind, batch), residual)
 
 
-def read_attention(spec: DecoderSpec, index: int, reader: WeightReader, backend: Backend) -> Attention:
-    layer = f"model.layers.{index}"
+def build_attention(spec: GroupedQueries, layer: str, builder: Builder) -> Attention:
+    """`layer`: the name of the layer in the checkpoint."""
     name = f"{layer}.self_attn"
+    num_columns = spec.heads.num_heads * spec.heads.head_dim
+    output = Part(f"{name}.o_proj", builder.spec.hidden_size, has_bias=spec.output_bias)
+    return Attention(
+        backend=builder.backend,
+        shape=spec.heads,
+        kind=spec.kind,
+        rope=spec.rope,
+        qkv=builder.reader.linear(_qkv_parts(spec, name), builder.spec.hidden_size),
+        qk_norm=_build_qk_norm(spec.heads, name, builder) if spec.qk_norm else None,
+        output=builder.output(output, num_columns, f"{layer}.post_attention_layernorm"),
+    )
+
+
+def _qkv_parts(spec: GroupedQueries, name: str) -> Sequence[Part]:
     shape = spec.heads
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    parts = (
-        Part(f"{name}.q_proj", q, shape.head_dim, shape.rotary_dim),
-        Part(f"{name}.k_proj", kv, shape.head_dim, shape.rotary_dim),
-        Part(f"{name}.v_proj", kv),
-    )
-    return Attention(
-        backend=backend,
-        shape=shape,
-        kind=spec.attention_kinds[index],
-        rope=spec.rope,
-        norm=backend.norm(reader.tensor(f"{layer}.input_layernorm.weight", (spec.hidden_size,)), spec.rms_norm_eps),
-        qkv=reader.linear(parts, spec.hidden_size, has_bias=spec.qkv_bias),
-        qk_norm=_read_qk_norm(spec, name, reader, backend) if spec.qk_norm else None,
-        output=reader.linear((Part(f"{name}.o_proj", spec.hidden_size),), q, has_bias=spec.output_bias),
+    if spec.is_fused:
+        fused, size = f"{name}.qkv_proj", q + 2 * kv
+        return (
+            Part(fused, q, shape.head_dim, shape.rotary_dim, spec.qkv_bias, 0, size, is_shared=True),
+            Part(fused, kv, shape.head_dim, shape.rotary_dim, spec.qkv_bias, q, size, is_shared=True),
+            Part(fused, kv, has_bias=spec.qkv_bias, first_row=q + kv, num_tensor_rows=size, is_shared=True),
+        )
+    return (
+        Part(f"{name}.q_proj", q, shape.head_dim, shape.rotary_dim, spec.qkv_bias, is_shared=True),
+        Part(f"{name}.k_proj", kv, shape.head_dim, shape.rotary_dim, spec.qkv_bias, is_shared=True),
+        Part(f"{name}.v_proj", kv, has_bias=spec.qkv_bias, is_shared=True),
     )
 
 
-def _read_qk_norm(spec: DecoderSpec, name: str, reader: WeightReader, backend: Backend) -> Any:
-    shape = spec.heads
+def _build_qk_norm(shape: HeadShape, name: str, builder: Builder) -> Any:
     order = rope.interleaved_order(1, shape.head_dim, shape.rotary_dim)
-    q, k = (reader.tensor(f"{name}.{part}_norm.weight", (shape.head_dim,))[order] for part in ("q", "k"))
-    return backend.qk_norm(q, k, shape, spec.rms_norm_eps)
+    q, k = (builder.norm_weight(f"{name}.{part}_norm", shape.head_dim)[order] for part in ("q", "k"))
+    return builder.backend.qk_norm(q, k, shape, builder.spec.rms_norm_eps)

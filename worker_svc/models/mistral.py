@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Final
-
 from worker_svc.models.config import ConfigReader
-from worker_svc.models.spec import DecoderSpec, read_decoder
-
-DEFAULT_WINDOW: Final = 4096
+from worker_svc.models.keys import read_attention, read_decoder, read_mlp, read_num_layers, with_window
+from worker_svc.models.spec import DecoderSpec, LayerSpec
 
 
 def read_spec(config: ConfigReader) -> DecoderSpec:
     """A `sliding_window` of null is none; without the key it is the 4096 of the first release."""
-    spec = read_decoder(config)
-    if "sliding_window" in config.config and config.config["sliding_window"] is None:
-        return spec
-    return replace(spec, windows=(config.integer("sliding_window", DEFAULT_WINDOW),) * spec.num_layers)
+    config = config.with_defaults(sliding_window=4096)
+    window = None if config.config["sliding_window"] is None else config.integer("sliding_window")
+    layer = LayerSpec(with_window(read_attention(config), window), read_mlp(config))
+    return read_decoder(config, [layer] * read_num_layers(config))

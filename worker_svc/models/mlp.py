@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from worker_svc.backends.backend import Activation, Backend, Linear, Norm
-from worker_svc.models.loader import Part, WeightReader
-from worker_svc.models.spec import DecoderSpec
+from worker_svc.backends.backend import Activation, Backend, Linear
+from worker_svc.models.builder import Builder, Output
+from worker_svc.models.loader import Part
+from worker_svc.models.spec import DenseMlp
 
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """One layer's, with its norm."""
+    """One layer's, or the experts' that all tokens share."""
 
     backend: Backend
     activation: Activation
-    norm: Norm
     gate_up: Linear
-    down: Linear
+    down: Output
 
-    def add(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns: [T, E], x with this layer's MLP added."""
-        return self.down.add(self.backend.gate(self.gate_up(self.norm(x)), self.activation), x)
+    def add(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Returns: [T, E], `residual` with the MLP of `normed` added."""
+        return self.down.add(self.backend.gate(self.gate_up(normed), self.activation), residual)
 
 
-def read_mlp(spec: DecoderSpec, index: int, reader: WeightReader, backend: Backend) -> GatedMlp:
-    layer, inner = f"model.layers.{index}", spec.intermediate_size
-    norm = reader.tensor(f"{layer}.post_attention_layernorm.weight", (spec.hidden_size,))
-    parts = [Part(f"{layer}.mlp.{part}_proj", inner) for part in ("gate", "up")]
+def build_mlp(spec: DenseMlp, layer: str, name: str, builder: Builder) -> GatedMlp:
+    """`layer`, `name`: of the layer and of the MLP in the checkpoint."""
+    inner, hidden_size = spec.intermediate_size, builder.spec.hidden_size
+    down = Part(f"{name}.down_proj", hidden_size, has_bias=spec.has_bias)
     return GatedMlp(
-        backend=backend,
-        activation="silu",
-        norm=backend.norm(norm, spec.rms_norm_eps),
-        gate_up=reader.linear(parts, spec.hidden_size, has_bias=spec.mlp_bias),
-        down=reader.linear((Part(f"{layer}.mlp.down_proj", spec.hidden_size),), inner, has_bias=spec.mlp_bias),
+        backend=builder.backend,
+        activation=spec.activation,
+        gate_up=builder.reader.linear(_gate_up_parts(spec, name), hidden_size),
+        down=builder.output(down, inner, f"{layer}.post_feedforward_layernorm"),
     )
+
+
+def _gate_up_parts(spec: DenseMlp, name: str) -> Sequence[Part]:
+    inner = spec.intermediate_size
+    if spec.is_fused:
+        fused = Part(f"{name}.gate_up_proj", inner, has_bias=spec.has_bias, num_tensor_rows=2 * inner, is_shared=True)
+        return (fused, replace(fused, first_row=inner))
+    return [Part(f"{name}.{part}_proj", inner, has_bias=spec.has_bias, is_shared=True) for part in ("gate", "up")]

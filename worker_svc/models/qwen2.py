@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from worker_svc.models.config import ConfigReader
-from worker_svc.models.spec import DecoderSpec, read_decoder, read_windows
+from worker_svc.models.keys import read_attention, read_decoder, read_mlp, read_qwen_windows, with_window
+from worker_svc.models.spec import DecoderSpec, LayerSpec
 
 
 def read_spec(config: ConfigReader) -> DecoderSpec:
-    return read_windows(config, replace(read_decoder(config), qkv_bias=True))
+    attention = replace(read_attention(config), qkv_bias=True)
+    mlp = read_mlp(config)
+    layers = [LayerSpec(with_window(attention, window), mlp) for window in read_qwen_windows(config)]
+    return read_decoder(config, layers)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
 
 from worker_svc.models.config import ConfigReader
-from worker_svc.models.spec import DecoderSpec, read_decoder, read_windows
-
-DEFAULT_HEAD_DIM: Final = 128
+from worker_svc.models.keys import read_attention, read_decoder, read_mlp, read_qwen_windows, with_window
+from worker_svc.models.spec import DecoderSpec, GroupedQueries, LayerSpec
 
 
 def read_spec(config: ConfigReader) -> DecoderSpec:
-    attention_bias = config.flag("attention_bias")
-    spec = read_decoder(config, default_head_dim=DEFAULT_HEAD_DIM)
-    return read_windows(config, replace(spec, qk_norm=True, qkv_bias=attention_bias, output_bias=attention_bias))
+    config = config.with_defaults(head_dim=128)
+    attention, mlp = read_normed_attention(config), read_mlp(config)
+    layers = [LayerSpec(with_window(attention, window), mlp) for window in read_qwen_windows(config)]
+    return read_decoder(config, layers)
+
+
+def read_normed_attention(config: ConfigReader) -> GroupedQueries:
+    has_bias = config.flag("attention_bias")
+    return replace(read_attention(config), qk_norm=True, qkv_bias=has_bias, output_bias=has_bias)
