@@ -5,6 +5,7 @@ Tokens are read when someone collects them; until then they feed the next step w
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -17,7 +18,7 @@ from worker_svc.kernels.noise import seeds_tensor
 from worker_svc.kernels.penalties import Bias, Penalties, count_completion_, count_prompt_
 from worker_svc.kernels.sampling import sample
 from worker_svc.kernels.top_k_top_p import Filters
-from worker_svc.sampler import LogprobTensors, Samples, is_filtered, is_greedy, is_penalized, look_up_logprobs
+from worker_svc.sampler import Drafts, LogprobTensors, Samples, is_filtered, is_greedy, is_penalized, look_up_logprobs
 from worker_svc.sequence import Sequence
 
 # `until` of a bias that always holds.
@@ -53,11 +54,22 @@ class DeviceSampler:
         self.last_token_ids: Tensor | None = None
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> DeviceSampling:
-        """Sample the next token of each sequence. `logits`: [B, V]."""
+    def sample(self, logits: Tensor, sequences: list[Sequence], drafts: Drafts | None = None) -> DeviceSampling:
+        """Sample the next token of each sequence, and the one after each token of its draft.
+
+        Args:
+            logits: [B, V], or with drafts [B + drafted tokens, V].
+            drafts: as `Sampler.sample` wants them.
+        """
         batch = self._batch
-        if batch is None or not batch.is_for(sequences):
-            batch = self._batch = _Batch(list(sequences), self._device, logits.shape[1], self.last_token_ids)
+        if drafts is not None:
+            drawn = [
+                _Row(s, draft[:i]) for s, draft in zip(sequences, drafts, strict=True) for i in range(len(draft) + 1)
+            ]
+            batch = self._batch = _Batch(drawn, self._device, logits.shape[1], self.last_token_ids)
+        elif batch is None or not batch.is_for(sequences):
+            drawn = [_Row(sequence) for sequence in sequences]
+            batch = self._batch = _Batch(drawn, self._device, logits.shape[1], self.last_token_ids)
         token_ids, is_bad = sample(
             logits, batch.temperature, batch.seeds, batch.positions, batch.filters, batch.penalties, batch.bias
         )
@@ -78,11 +90,24 @@ def _send(token_ids: Tensor, is_bad: Tensor, logprobs: LogprobTensors | None) ->
     return DeviceSampling(token_ids, logprobs, host, arrived)
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A token to sample: the next of a sequence, if what is drafted had been sampled before it."""
+
+    sequence: Sequence
+    drafted: Ordered[int] = ()
+
+    @property
+    def index(self) -> int:
+        """Of the token in the completion."""
+        return self.sequence.num_output_tokens + len(self.drafted)
+
+
 @dataclass(slots=True)
 class _Batch:
-    """Sequences with their parameters on the device."""
+    """Rows to sample with their parameters on the device."""
 
-    sequences: list[Sequence]
+    rows: list[_Row]
     device: torch.device
     vocab_size: int
     last: Tensor | None  # tokens sampled last, of which some may be pending
@@ -96,10 +121,10 @@ class _Batch:
     logprobs: list[tuple[int, int]] = field(init=False)  # (row, k)
 
     def __post_init__(self) -> None:
-        params = [sequence.sampling for sequence in self.sequences]
-        self.next_indices = [sequence.num_output_tokens for sequence in self.sequences]
+        params = [row.sequence.sampling for row in self.rows]
+        self.next_indices = [row.index for row in self.rows]
         self.temperature = self._floats([0.0 if is_greedy(p) else p.temperature for p in params])
-        self.seeds = seeds_tensor([sequence.seed for sequence in self.sequences], self.device)
+        self.seeds = seeds_tensor([row.sequence.seed for row in self.rows], self.device)
         self.positions = torch.tensor(self.next_indices, dtype=torch.int64, device=self.device)
         self.filters = self._filters(params) if any(is_filtered(p) for p in params) else None
         self.penalties = self._penalties(params) if any(is_penalized(p) for p in params) else None
@@ -108,7 +133,8 @@ class _Batch:
 
     def is_for(self, sequences: list[Sequence]) -> bool:
         """Whether these are its sequences, each where `advance` foresaw it."""
-        return self.sequences == sequences and self.next_indices == [s.num_output_tokens for s in sequences]
+        own = [row.sequence for row in self.rows]
+        return own == sequences and self.next_indices == [sequence.num_output_tokens for sequence in sequences]
 
     def advance(self, token_ids: Tensor) -> None:
         """Foresee the next step: each sequence is longer by the token that was sampled."""
@@ -129,7 +155,7 @@ class _Batch:
         slot_of = {row: slot for slot, row in enumerate(rows)}
         state = torch.zeros((len(rows), self.vocab_size), dtype=torch.int32, device=self.device)
         for slot, row in enumerate(rows):
-            self._count(state, slot, self.sequences[row])
+            self._count(state, slot, self.rows[row])
         return Penalties(
             slots=self._integers([slot_of.get(row, -1) for row in range(len(params))]),
             state=state,
@@ -138,9 +164,10 @@ class _Batch:
             presence=self._floats([p.presence_penalty for p in params]),
         )
 
-    def _count(self, state: Tensor, slot: int, sequence: Sequence) -> None:
-        """Note what a sequence has of prompt and completion, a pending token included."""
-        token_ids = torch.tensor(sequence.token_ids, dtype=torch.int64, device=self.device)
+    def _count(self, state: Tensor, slot: int, row: _Row) -> None:
+        """Note what a row has of prompt and completion, a pending token or drafted ones included."""
+        sequence = row.sequence
+        token_ids = torch.tensor([*sequence.token_ids, *row.drafted], dtype=torch.int64, device=self.device)
         if sequence.num_pending_tokens and self.last is not None:
             token_ids[-1] = self.last[sequence.pending_row]
         slots = torch.full((len(token_ids),), slot, dtype=torch.int32, device=self.device)
@@ -149,7 +176,7 @@ class _Batch:
         count_completion_(state, slots[num_prompt:], token_ids[num_prompt:])
 
     def _bias(self) -> Bias | None:
-        entries = [self._entries(sequence) for sequence in self.sequences]
+        entries = [self._entries(row) for row in self.rows]
         flat = [entry for row in entries for entry in row]
         if not flat:
             return None
@@ -161,11 +188,11 @@ class _Batch:
             until=self._integers(list(until)),
         )
 
-    def _entries(self, sequence: Sequence) -> list[tuple[int, float, int]]:
+    def _entries(self, row: _Row) -> list[tuple[int, float, int]]:
         """(token id, value, until) of logit bias, and of stop tokens that `min_tokens` holds back."""
-        params = sequence.sampling
+        params, sequence = row.sequence.sampling, row.sequence
         entries = [(token, value, ALWAYS) for token, value in params.logit_bias.items()]
-        if sequence.num_output_tokens < params.min_tokens:
+        if row.index < params.min_tokens:
             stops = sorted(token for token in sequence.stop_ids if token < self.vocab_size)
             entries += [(token, -torch.inf, params.min_tokens) for token in stops]
         return entries
