@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from worker_svc import rope
-from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear, Norm, Routing
+from worker_svc.backends.backend import Activation, AttentionKind, Batch, Experts, HeadShape, Linear, Norm, Routing
 from worker_svc.backends.device_step import DeviceStep
 from worker_svc.backends.torch_experts import EveryExpert, route
-from worker_svc.backends.triton_layers import TritonNorm, make_linear
+from worker_svc.backends.triton_layers import GroupedExperts, TritonNorm, make_linear
 from worker_svc.kernels.mla_attention import mla_attention
 from worker_svc.kernels.paged_attention import paged_attention
 from worker_svc.kernels.rope_kv_write import HeadNorms, rope_kv_write
@@ -34,10 +34,18 @@ class TritonBackend:
     dtype: torch.dtype
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
-        return make_linear(weight, bias, self.device)
+        return make_linear(weight, bias, self.device, self.dtype)
 
-    def experts(self, weights: Iterable[tuple[Weight, Weight]], activation: Activation) -> EveryExpert:
-        experts = [(self.linear(gate_up, None), self.linear(down, None)) for gate_up, down in weights]
+    def experts(self, weights: Iterable[tuple[Weight, Weight]], activation: Activation) -> Experts:
+        known = list(weights)
+        floats = [
+            (gate_up, down)
+            for gate_up, down in known
+            if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor) and not down.is_meta
+        ]
+        if floats and len(floats) == len(known):
+            return GroupedExperts(floats, activation)
+        experts = [(self.linear(gate_up, None), self.linear(down, None)) for gate_up, down in known]
         return EveryExpert(experts, lambda gate_up: swiglu(gate_up, activation))
 
     def norm(self, weight: torch.Tensor, eps: float) -> TritonNorm:

@@ -9,6 +9,9 @@ import torch
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.steps import Driver, make_runner
+from worker_svc.backends.triton_backend import TritonBackend
+from worker_svc.kernels.matmul_fp8 import quantize_fp8
+from worker_svc.quantization import QUANTIZERS, dequantize
 
 LENS = (1, 18)
 SEQUENCES = [[(7 * i + 3 * j) % 128 for j in range(length)] for i, length in enumerate(LENS)]
@@ -26,3 +29,17 @@ def test_kernels_compute_what_torch_does(tmp_path: Path, family: str) -> None:
     for one, other in zip(expected, found, strict=True):
         # Float32 in another order, at logits of magnitude 10.
         torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("count", [3, 20], ids=["few rows", "many rows"])
+def test_quantized_linears_compute_what_their_weights_say(quantize: str, count: int) -> None:
+    weight = QUANTIZERS[quantize](torch.randn(24, 128) / 8)
+    x, residual, bias = torch.randn(count, 128), torch.randn(count, 24), torch.randn(24)
+    linear = TritonBackend(torch.device("cpu"), torch.float32).linear(weight, bias)
+    values, scales = quantize_fp8(x)
+    expected = (values.float() * scales[:, None] if quantize == "fp8" else x) @ dequantize(weight).T + bias
+    # int4 rounds its scales to 20 bits.
+    tolerance = {"int8": 1e-4, "int4": 1e-3, "fp8": 1e-4}[quantize]
+    torch.testing.assert_close(linear(x), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(linear.add(x, residual.clone()), expected + residual, rtol=0, atol=tolerance)
