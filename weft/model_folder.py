@@ -22,6 +22,8 @@ DIGEST_BYTES: Final = 16
 _WHOLE_FILE_BYTES: Final = 64 * 2**20
 _STRIDE_BYTES: Final = 2**20
 _PAGE_BYTES: Final = 4096
+_SMALL_FILES: Final = ["*.json", "*.jinja"]
+_MAX_FACTOR: Final = 1024
 _NOT_CONTENT: Final = ("_name_or_path", "transformers_version", "architectures_version")
 
 
@@ -36,6 +38,7 @@ class ModelFolder:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     default_sampling: SamplingParams
+    is_dummy: bool = False  # weights are made up, whatever files there are
 
 
 def read(settings: ModelSettings) -> ModelFolder:
@@ -44,10 +47,13 @@ def read(settings: ModelSettings) -> ModelFolder:
     Raises:
         SettingsError: no such folder or model, or a config that lacks or contradicts something.
     """
-    path = locate(settings.model)
+    is_dummy = settings.load_format == "dummy"
+    path = locate(settings.model, with_weights=not is_dummy)
     config = read_json(path / "config.json")
     generation = read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
-    context = _positive(config, "max_position_embeddings", path)
+    if config.get("vision_config"):
+        raise SettingsError(f"{path.name} is a model of images and text, and only models of text alone are served")
+    context = _context(config, path)
     wanted = settings.max_model_len
     if wanted > context:
         raise SettingsError(f"max_model_len {wanted} is more than the {context} tokens that {path.name} was made for")
@@ -60,11 +66,15 @@ def read(settings: ModelSettings) -> ModelFolder:
         vocab_size=_positive(config, "vocab_size", path),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
         default_sampling=_default_sampling(generation),
+        is_dummy=is_dummy,
     )
 
 
-def locate(name: str) -> Path:
+def locate(name: str, *, with_weights: bool = True) -> Path:
     """The folder of a bundled model, a path, or a Hugging Face repository (downloaded if need be).
+
+    Args:
+        with_weights: of what is downloaded.
 
     Raises:
         SettingsError: there is none, or it cannot be downloaded.
@@ -82,7 +92,7 @@ def locate(name: str) -> Path:
             f"no model {name!r}: it is neither a folder, nor a Hugging Face name such as org/model, "
             f"nor a bundled model ({bundled})"
         )
-    return _download(name)
+    return _download(name, [*_SMALL_FILES, "*.safetensors"] if with_weights else _SMALL_FILES)
 
 
 def digest(folder: ModelFolder) -> bytes:
@@ -91,11 +101,14 @@ def digest(folder: ModelFolder) -> bytes:
     Raises:
         SettingsError: the folder has no weights.
     """
+    config = {key: value for key, value in folder.config.items() if key not in _NOT_CONTENT}
+    state = blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
+    if folder.is_dummy:
+        state.update(b"dummy")
+        return state.digest()
     files = sorted(folder.path.glob("*.safetensors"))
     if not files:
         raise SettingsError(f"{folder.path} has no weights: no *.safetensors file in it")
-    config = {key: value for key, value in folder.config.items() if key not in _NOT_CONTENT}
-    state = blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
     for file in files:
         size = file.stat().st_size
         state.update(size.to_bytes(8, "little"))
@@ -107,12 +120,11 @@ def digest(folder: ModelFolder) -> bytes:
     return state.digest()
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: list[str]) -> Path:
     # Heavy, and needed for hub names only.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
@@ -136,6 +148,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SettingsError(f"{path} is no JSON object")
     return value
+
+
+def _context(config: dict[str, Any], path: Path) -> int:
+    """Tokens that a text may have. `max_position_embeddings` may still say what they were before YaRN (as in Qwen)."""
+    context = _positive(config, "max_position_embeddings", path)
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) != "yarn":
+        return context
+    key = "original_max_position_embeddings"
+    original, factor = config.get(key) or scaling.get(key), scaling.get("factor")
+    # What is wrong here, the worker says.
+    if not isinstance(original, int) or not isinstance(factor, int | float) or not 1 <= factor <= _MAX_FACTOR:
+        return context
+    return max(context, int(original * factor))
 
 
 def _positive(config: dict[str, Any], key: str, path: Path) -> int:

@@ -100,6 +100,11 @@ class ModelSettings:
     max_model_len: int = setting(
         0, "Longest prompt plus completion, in tokens, to bound what one request may take; 0 for the model's own.", ge=0
     )
+    load_format: str = setting(
+        "auto",
+        "`dummy` makes up weights for a folder that needs no more than a config.json, to measure a model by its shape.",
+        choices=("auto", "dummy"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +193,13 @@ class WorkerSettings:
     )
     dtype: str = setting(
         "auto",
-        "Type of weights and KV; auto is float32 on a CPU, elsewhere the model's own.",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        "Type of weights and KV; auto is float32 on a CPU, elsewhere the model's; int8 is auto and --quantize int8.",
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+    )
+    quantize: str = setting(
+        "none",
+        "Load the float weights of linears in few bits: a smaller and faster model that is a little worse.",
+        choices=("none", "int8", "int4", "fp8"),
     )
     kernels: str = setting(
         "auto",
@@ -197,7 +207,17 @@ class WorkerSettings:
         choices=("auto", "torch", "triton"),
     )
     threads: int = setting(
-        0, "CPU threads of the model; 0 for all cores but a share for the rest of the mesh.", ge=0, le=1024
+        0,
+        "CPU threads of the model for large steps, small ones take fewer; 0 for all cores but one in eight.",
+        ge=0,
+        le=1024,
+    )
+    tensor_parallel: int = setting(
+        1,
+        "Devices that compute one model together, a process each: more where it does not fit into one, or for a "
+        "faster step.",
+        ge=1,
+        le=64,
     )
     kv_memory: int | float = setting(
         0,
@@ -216,6 +236,18 @@ class WorkerSettings:
         "chunked",
         "How sequences join a running batch; static is the baseline of benchmarks.",
         choices=("chunked", "static"),
+    )
+    speculation: str = setting(
+        "none",
+        "Guess tokens and check them in one step, where that is measured to pay: from the text itself (ngram), or by a "
+        "smaller model (draft). The text stays the same.",
+        choices=("none", "ngram", "draft"),
+    )
+    speculation_tokens: int = setting(
+        8, "Tokens guessed at most for a step of a sequence; how many are worth it is measured.", ge=1, le=64
+    )
+    draft_model: str = setting(
+        "", "Folder of the smaller model that guesses, with the same tokenizer; for `tales-6m` `tales-1m` if empty."
     )
     prefix_cache: bool = setting(True, "Keep and reuse the KV blocks of finished requests; false to measure without.")
     kv_offload: bool = setting(True, "Send full blocks to the cache service; false where no prompts come back.")

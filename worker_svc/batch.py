@@ -20,6 +20,9 @@ from weft.messages import BlockHash
 from worker_svc.blocks import BlockPool
 from worker_svc.sequence import Sequence, State, blocks_for
 
+# Blocks that a sequence holds at most beyond those of its tokens.
+BLOCKS_AHEAD: Final = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -41,6 +44,13 @@ class StepPlan:
     rejected: tuple[tuple[Sequence, InvalidRequest], ...]  # can never run; in neither list any more
     # Blocks (source, target) whose bytes must be copied, in this order, before anything is computed.
     copies: tuple[tuple[int, int], ...]
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each sequence computes its last token and nothing else."""
+        return all(
+            count == 1 and sequence.num_uncomputed_tokens == 1 for sequence, count in self.num_scheduled_tokens.items()
+        )
 
 
 @dataclass(slots=True)
@@ -92,13 +102,27 @@ def plan_step(
     )
 
 
+def make_room(sequence: Sequence, count: int, pool: BlockPool, num_spared: int) -> int:
+    """Give a sequence that is in the plan blocks for drafted tokens. Returns: how many of `count` have room.
+
+    Args:
+        num_spared: free blocks to leave for tokens that are no guesses.
+    """
+    end = sequence.num_computed_tokens + 1 + count
+    missing = blocks_for(end) - len(sequence.block_table)
+    if missing > 0:
+        sequence.block_table += pool.allocate(max(0, min(missing, pool.num_free_blocks - num_spared)))
+    room = len(sequence.block_table) * BLOCK_SIZE - sequence.num_computed_tokens - 1
+    return min(count, room)
+
+
 def _continue(draft: _Draft, sequence: Sequence) -> None:
     """Schedule as many tokens of a running sequence as budget and blocks allow, preempting others for at least one."""
     if not draft.token_budget or sequence.state is not State.RUNNING or sequence in draft.scheduled:
         return
     pool, running = draft.pool, draft.running
     room = len(sequence.block_table) * BLOCK_SIZE - sequence.num_computed_tokens
-    while not room and not pool.num_free_blocks:
+    while not room and not pool.num_free_blocks and not _take_back(draft):
         if running[-1] is not sequence:
             _preempt(draft, running[-1])
         elif len(running) > 1:
@@ -117,12 +141,35 @@ def _schedule(draft: _Draft, sequence: Sequence, room: int) -> None:
     count = min(sequence.num_uncomputed_tokens, draft.token_budget, room)
     missing = blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_table)
     if missing > 0:
-        sequence.block_table += draft.pool.allocate(missing)
+        sequence.block_table += draft.pool.allocate(max(missing, _num_ahead(sequence, draft.pool)))
     draft.scheduled[sequence] = count
     draft.token_budget -= count
     if count > 1:
         filled = (sequence.num_computed_tokens + count) // BLOCK_SIZE
         draft.computing.update(sequence.hashes[sequence.num_committed_blocks : filled])
+
+
+def _num_ahead(sequence: Sequence, pool: BlockPool) -> int:
+    """Blocks to take at once while more than half are free: taken together they lie together, in few runs of slots.
+
+    Attention in torch works on runs. 16 sequences that grow by one block in turn have as many runs as blocks, and a
+    step of a 125M-parameter model took 65 ms where one run each took 34 ms (two threads, AMD EPYC, 2026).
+    """
+    end = min(sequence.end_length, len(sequence.token_ids) + BLOCKS_AHEAD * BLOCK_SIZE)
+    return min(blocks_for(end) - len(sequence.block_table), pool.num_free_blocks - pool.num_blocks // 2)
+
+
+def _take_back(draft: _Draft) -> bool:
+    """Free what running sequences hold beyond their tokens, unless a step is under way. Returns: whether it was any."""
+    spare = {
+        sequence: sequence.block_table[blocks_for(len(sequence.token_ids)) :]
+        for sequence in draft.running
+        if not sequence.num_pending_tokens
+    }
+    for sequence, block_ids in spare.items():
+        draft.pool.free(block_ids)
+        del sequence.block_table[blocks_for(len(sequence.token_ids)) :]
+    return any(spare.values())
 
 
 def _preempt(draft: _Draft, sequence: Sequence) -> None:
@@ -184,7 +231,8 @@ def _admit(draft: _Draft) -> bool:
     # At least one token must be computed, or there would be no logits to sample from: if all are found, the last
     # one is computed again, in a copy of its block.
     is_whole = bool(hits) and len(hits) * BLOCK_SIZE == num_tokens
-    if not _has_blocks(draft, blocks_for(num_tokens) - len(hits) + is_whole + pool.num_cached_among(hits)):
+    num_missing = blocks_for(num_tokens) - len(hits) + is_whole + pool.num_cached_among(hits)
+    if not _has_blocks(draft, num_missing) and not (_take_back(draft) and _has_blocks(draft, num_missing)):
         if draft.running or not is_whole:
             return False
         # Alone, and the pool has no block for the copy: compute the last block instead.
@@ -215,7 +263,7 @@ def _has_blocks(draft: _Draft, count: int) -> bool:
     the first to be preempted.
     """
     running = draft.running
-    promised = sum(blocks_for(len(sequence.token_ids)) - len(sequence.block_table) + 1 for sequence in running)
+    promised = sum(max(0, blocks_for(len(s.token_ids)) - len(s.block_table) + 1) for s in running)
     return count + promised <= draft.pool.num_free_blocks
 
 

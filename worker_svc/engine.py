@@ -19,7 +19,9 @@ import logging
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final, Protocol
 
 import torch
@@ -37,7 +39,7 @@ from weft.messages import (
     TokenizedRequest,
 )
 from weft.settings import WorkerSettings
-from worker_svc.batch import Limits, StepPlan, plan_step
+from worker_svc.batch import Limits, StepPlan, make_room, plan_step
 from worker_svc.blocks import BlockPool
 from worker_svc.checks import check_request
 from worker_svc.engine_io import (
@@ -52,9 +54,10 @@ from worker_svc.engine_io import (
     TokenRow,
 )
 from worker_svc.kv_exchange import KvExchange
-from worker_svc.runner import Runner
+from worker_svc.runner import ModelRunner
 from worker_svc.sampler import Logprobs, Samples
 from worker_svc.sequence import Request, Sequence, State, make_sequences
+from worker_svc.speculation.speculation import Emitted, Speculation, StepOutcome, standing
 from worker_svc.step_input import make_step_input
 from worker_svc.stopwatch import Stopwatch
 from worker_svc.stopwatch import start as start_stopwatch
@@ -87,7 +90,8 @@ class _Flight:
     """A step that the device has, and what its outcome means."""
 
     plan: StepPlan
-    sampled: list[tuple[Sequence, int]]  # and the index of its new token in `token_ids`
+    # Each sequence that gets tokens, the index of the first in `token_ids`, and the draft of the others.
+    sampled: list[tuple[Sequence, int, Ordered[int]]]
     sampling: PendingSamples | None  # None if nothing was sampled
     began: float
     stopwatch: Stopwatch
@@ -111,13 +115,14 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ModelRunner,
         settings: WorkerSettings,
         *,
         digest: bytes,
         eos_token_ids: Iterable[int],
         load: EngineLoad | None = None,
         overlaps: bool = False,
+        speculation: Speculation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start with nothing running.
@@ -126,6 +131,7 @@ class Engine:
             digest: what `model_folder.digest` says; names the model in block hashes.
             load: numbers to keep up to date.
             overlaps: keep a step in flight while the next is planned.
+            speculation: drafts tokens.
             clock: monotonic seconds.
         """
         self.pool = BlockPool(runner.num_blocks)
@@ -147,6 +153,7 @@ class Engine:
         self._digest = digest
         self._eos_token_ids = frozenset(eos_token_ids)
         self._overlaps = overlaps
+        self._speculation = speculation
         self._flight: _Flight | None = None
         self._landed_at = 0.0
         self._clock = clock
@@ -169,14 +176,23 @@ class Engine:
         began = self._clock()
         for command in commands:
             self.apply(command)
+        if self._speculation is not None and self._speculation.waits:
+            # A draft begins after the last token, which must be known.
+            self._land()
         plan = plan_step(self.waiting, self.running, self.pool, self._limits, began)
         self._announce(plan)
-        launched = self._launch(plan, began)
-        landing, self._flight = (self._flight, launched) if self._overlaps else (launched, None)
-        if landing is not None:
-            self._land(landing)
+        launched = self._launch(plan, self._draft(plan), began)
+        if self._overlaps:
+            self._land()
+        self._flight = launched
+        if not self._overlaps:
+            self._land()
         self._count()
         return self._emit()
+
+    def close(self) -> None:
+        """Let go of the model; there are no more steps."""
+        self._runner.close()
 
     # ---- commands ----
 
@@ -291,39 +307,80 @@ class Engine:
             self._fail(sequence, sequence.num_known_tokens, ErrorInfo.of(error))
         self.load.num_preemptions += len(plan.preempted)
 
-    def _launch(self, plan: StepPlan, began: float) -> _Flight | None:
+    def _draft(self, plan: StepPlan) -> dict[Sequence, Ordered[int]]:
+        """Tokens to compute after the last ones of a decode step, as far as budget and blocks are left."""
+        speculation, sequences = self._speculation, list(plan.num_scheduled_tokens)
+        if speculation is None or not sequences or not plan.is_decode or any(s.num_pending_tokens for s in sequences):
+            return {}
+        rooms = [sequence.end_length - len(sequence.token_ids) - 1 for sequence in sequences]
+        drafts = speculation.draft(sequences, rooms, self._limits.max_num_batched_tokens - len(sequences))
+        return {
+            sequence: draft[: make_room(sequence, len(draft), self.pool, len(self.running))]
+            for sequence, draft in zip(sequences, drafts, strict=True)
+            if draft
+        }
+
+    def _launch(self, plan: StepPlan, drafts: dict[Sequence, Ordered[int]], began: float) -> _Flight | None:
         """Hand the step to the device, and count as computed what it will have computed."""
         for source, target in plan.copies:
             self._runner.copy_block(source, target)
         if not plan.num_scheduled_tokens:
             return None
-        step, sampled = make_step_input(plan)
+        step, sampled = make_step_input(plan, drafts)
         stopwatch = start_stopwatch(self._runner.device)
         logits = self._runner.forward(step, self._sampler.last_token_ids)
-        sampling = self._sampler.sample(logits, sampled) if sampled else None
+        sampled_drafts = [drafts.get(sequence, ()) for sequence in sampled]
+        sampling = self._sampler.sample(logits, sampled, sampled_drafts if drafts else None) if sampled else None
         stopwatch.stop()
         for sequence, count in plan.num_scheduled_tokens.items():
             sequence.num_computed_tokens += count
             self._commit_blocks(sequence)
-        awaited = [(sequence, sequence.await_token(row)) for row, sequence in enumerate(sampled)]
+        awaited = [
+            (sequence, sequence.await_token(row), draft)
+            for row, (sequence, draft) in enumerate(zip(sampled, sampled_drafts, strict=True))
+        ]
         return _Flight(plan, awaited, sampling, began, stopwatch)
 
-    def _land(self, flight: _Flight) -> None:
-        """Take the tokens of a step that was launched."""
+    def _land(self) -> None:
+        """Take the tokens of the step in flight, if there is one."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
         samples = Samples([], {}, {}) if flight.sampling is None else flight.sampling.collect()
-        for row, (sequence, index) in enumerate(flight.sampled):
-            if sequence.state is State.FINISHED:
-                continue
-            sequence.num_pending_tokens -= 1
-            sequence.token_ids[index] = samples.token_ids[row]
-            if row in samples.errors:
-                # Whatever spoiled its logits may be in its blocks, too.
-                self.pool.disown(sequence.block_table)
-                self._fail(sequence, index, samples.errors[row])
-            else:
-                self._commit_blocks(sequence)
-                self._tell(sequence, index, samples.logprobs.get(row))
-        self._rate(flight)
+        emitted: list[tuple[Emitted, int]] = []  # and the first row
+        row = 0
+        for sequence, index, draft in flight.sampled:
+            if sequence.state is not State.FINISHED:
+                emitted.append((self._take(sequence, index, draft, samples, row), row))
+            row += len(draft) + 1
+        self._rate(flight, [one for one, _ in emitted])
+        for one, row in emitted:
+            self._settle(one, row, samples)
+
+    def _take(self, sequence: Sequence, index: int, draft: Ordered[int], samples: Samples, row: int) -> Emitted:
+        """Give a sequence what was sampled for it from `row` on, as far as its draft stands."""
+        rows = range(row, row + len(draft) + 1)
+        # Of logits that are not finite nothing follows. Those after drafted tokens come again if they matter.
+        known = [samples.token_ids[row] for row in takewhile(lambda row: row not in samples.errors, rows)]
+        token_ids = known[: standing(draft, known)]
+        ends = (i + 1 for i, token_id in enumerate(token_ids) if token_id in sequence.stop_ids)
+        token_ids = token_ids[: next(ends, None)]
+        sequence.num_pending_tokens -= 1
+        sequence.token_ids[index : index + 1] = token_ids
+        sequence.num_computed_tokens += max(len(token_ids) - 1, 0)
+        return Emitted(sequence, index, len(draft), token_ids)
+
+    def _settle(self, emitted: Emitted, row: int, samples: Samples) -> None:
+        """Tell of a sequence's tokens, or that there are none, and end it if that was all."""
+        sequence = emitted.sequence
+        if emitted.token_ids:
+            self._commit_blocks(sequence)
+            rows = range(row, row + len(emitted.token_ids))
+            self._tell(emitted, tuple(samples.logprobs[row] for row in rows if row in samples.logprobs))
+        else:
+            # Whatever spoiled its logits may be in its blocks, too.
+            self.pool.disown(sequence.block_table)
+            self._fail(sequence, emitted.first_index, samples.errors[row])
 
     def _commit_blocks(self, sequence: Sequence) -> None:
         """Give the blocks that became full of known tokens their hashes."""
@@ -341,12 +398,12 @@ class Engine:
             for block_hash in hashes:
                 self.exchange.offer(block_hash)
 
-    def _tell(self, sequence: Sequence, index: int, logprobs: Logprobs | None) -> None:
-        """Put out a token of `token_ids`, and end the sequence if it is the last."""
-        token_id, request = sequence.token_ids[index], sequence.request
-        if token_id in sequence.stop_ids:
+    def _tell(self, emitted: Emitted, logprobs: tuple[Logprobs, ...]) -> None:
+        """Put out tokens, and end the sequence if these are the last."""
+        sequence, request = emitted.sequence, emitted.sequence.request
+        if emitted.token_ids[-1] in sequence.stop_ids:
             finish = FINISH_STOP
-        elif index + 1 >= sequence.end_length:
+        elif emitted.first_index + len(emitted.token_ids) >= sequence.end_length:
             finish = FINISH_LENGTH
         else:
             finish = FINISH_NONE
@@ -356,28 +413,34 @@ class Engine:
                 request.gateway,
                 sequence.slot,
                 request.epoch,
-                index - sequence.num_prompt_tokens,
-                (token_id,),
+                emitted.first_index - sequence.num_prompt_tokens,
+                tuple(emitted.token_ids),
                 finish,
-                () if logprobs is None else (logprobs,),
+                logprobs,
             )
         )
         if finish:
             self._end(sequence)
 
-    def _rate(self, flight: _Flight) -> None:
+    def _rate(self, flight: _Flight, emitted: list[Emitted]) -> None:
         """Count the step in, from when the device could begin with it."""
         load, now = self.load, self._clock()
-        num_tokens, num_sampled = sum(flight.plan.num_scheduled_tokens.values()), len(flight.sampled)
+        num_tokens, num_emitted = sum(flight.plan.num_scheduled_tokens.values()), sum(len(e.token_ids) for e in emitted)
         seconds = now - max(flight.began, self._landed_at)
         self._landed_at = now
-        if num_tokens > num_sampled:
+        if num_tokens > len(flight.sampled):
             load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, seconds)
         else:
-            load.decode_tokens_per_s = self._decode_rate.add(num_tokens, seconds)
+            load.decode_tokens_per_s = self._decode_rate.add(num_emitted, seconds)
         self.exchange.prefill_tokens_per_s = load.prefill_tokens_per_s
         load.device_busy_share = min(1.0, self._busy.add(flight.stopwatch.seconds(), seconds))
-        load.num_output_tokens += num_sampled
+        load.num_output_tokens += num_emitted
+        if self._speculation is not None:
+            is_decode = num_tokens == len(flight.sampled) == len(emitted)
+            live = [sequence for sequence in flight.plan.num_scheduled_tokens if sequence.state is not State.FINISHED]
+            self._speculation.observe(StepOutcome(live, emitted, is_decode, seconds))
+            load.num_drafted_tokens += sum(e.num_drafts for e in emitted)
+            load.num_accepted_tokens += num_emitted - sum(1 for e in emitted if e.token_ids)
 
     def _count(self) -> None:
         load, now = self.load, self._clock()
@@ -458,6 +521,8 @@ class Engine:
             self.waiting.remove(sequence)
         self.pool.free(sequence.release())
         sequence.state = State.FINISHED
+        if self._speculation is not None:
+            self._speculation.forget(sequence)
         request = sequence.request
         request.live.remove(sequence)
         if not request.live:

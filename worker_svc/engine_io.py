@@ -91,6 +91,7 @@ class StepOutput:
 # Fields of `EngineLoad` that only grow.
 ENGINE_TOTALS: Final = frozenset(
     ("num_steps", "num_preemptions", "num_violations", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
+    + ("num_drafted_tokens", "num_accepted_tokens")
 )
 
 
@@ -109,6 +110,8 @@ class EngineLoad:
     num_prompt_tokens: int = 0  # since start, as are the two below
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    num_drafted_tokens: int = 0  # computed on the chance that they come
+    num_accepted_tokens: int = 0  # of these, that came
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
     device_busy_share: float = 0.0  # of the time of recent steps that the device computed

@@ -20,21 +20,24 @@ _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
-def kv_bytes(wanted: int | float, free: int, request_bytes: int, device: torch.device) -> int:
-    """Bytes for KV blocks.
+def kv_bytes(wanted: int | float, free: int, request_bytes: int, device: torch.device, num_ranks: int = 1) -> int:
+    """Bytes for KV blocks of one rank.
 
     Args:
         wanted: bytes, a share of what is free as a float, or 0 for what suits the device.
         free: bytes, with the weights loaded.
-        request_bytes: that one request of the longest context needs.
+        request_bytes: that one request of the longest context needs of a rank.
+        num_ranks: that share what is wanted, and the memory of a CPU.
     """
+    if device.type != "cuda":
+        free //= num_ranks
     if isinstance(wanted, float):
         return int(wanted * free)
     if wanted:
-        return wanted
+        return wanted // num_ranks
     if device.type == "cuda":
         return int(GPU_SHARE * free)
-    return max(CPU_BYTES, min(request_bytes, int(CPU_SHARE * free)))
+    return max(CPU_BYTES // num_ranks, min(request_bytes, int(CPU_SHARE * free)))
 
 
 def count_blocks(num_bytes: int, block_bytes: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
@@ -21,21 +21,51 @@ from worker_svc.memory import count_blocks, free_bytes, kv_bytes
 from worker_svc.models import read_spec
 from worker_svc.models.decoder import Decoder, asked_by
 from worker_svc.models.loader import Loader
+from worker_svc.parallel.group import ALONE, Group
+from worker_svc.parallel.share import share_of
 from worker_svc.sampler import Sampler
+from worker_svc.source import open_source, resolve_quantize
 from worker_svc.step_input import StepInput
+from worker_svc.threads import Threads, resolve_threads
 
 if TYPE_CHECKING:
     from worker_svc.backends.cuda_graphs import CudaGraphs
     from worker_svc.device_sampler import DeviceSampler
-from worker_svc.weights import Checkpoint
 
 log = logging.getLogger(__name__)
 
 # What torch would use by itself: the cores that this process may use. Read before anyone changes it.
 DEFAULT_THREADS: Final = torch.get_num_threads()
-# A share of the cores for the mesh's other processes: one of each eight, at least one.
-CORES_PER_MESH_CORE: Final = 8
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelRunner(Protocol):
+    """What an engine needs of a model: `Runner` is one on one device, `parallel.leader.ParallelRunner` on several."""
+
+    device: torch.device
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_bytes: int
+    layout: bytes
+
+    def forward(self, step: StepInput, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """As `Runner`."""
+
+    def make_sampler(self) -> Sampler | DeviceSampler:
+        """As `Runner`."""
+
+    def copy_block(self, source: int, target: int) -> None:
+        """As `Runner`."""
+
+    def read_blocks(self, block_ids: list[int]) -> list[bytes]:
+        """As `Runner`."""
+
+    def write_blocks(self, block_ids: list[int], blocks: list[bytes]) -> None:
+        """As `Runner`."""
+
+    def close(self) -> None:
+        """End other processes that compute along, if there are any. Nothing can be computed afterwards."""
 
 
 class Runner:
@@ -50,48 +80,60 @@ class Runner:
         kv_memory: int | float,
         threads: int,
         kernels: str = "auto",
+        quantize: str = "none",
         on_progress: Callable[[float], None] = lambda share: None,
+        group: Group = ALONE,
+        agree: Callable[[int], int] = lambda num_blocks: num_blocks,
     ) -> None:
         """Load the weights and allocate the KV cache.
 
         Args:
             device: "auto", "cpu" or "cuda".
-            dtype: of weights and KV; "auto" is float32 on the CPU, else what the config says.
+            dtype: of weights and KV; "auto" is float32 on the CPU, else what the config says; "int8" is "auto" with
+                linears of int8.
             kv_memory: as `memory.kv_bytes` wants it.
-            threads: of the CPU; 0 leaves the mesh its share.
+            threads: of the CPU for a large step; 0 leaves the mesh its share.
             kernels: "torch" or "triton"; "auto" is Triton on a GPU.
+            quantize: "int8", "int4" or "fp8", which float weights of linears become, or "none".
             on_progress: called with the share of the weights loaded so far.
+            group: whose rank this is; it has a share of the model, of every block, and of memory and threads.
+            agree: given the blocks that this rank has room for, returns how many all ranks have.
 
         Raises:
             SettingsError: names what in the folder or the settings does not work.
         """
-        self.device = resolve_device(device)
+        self.device = resolve_device(device, group.rank if group.size > 1 else None)
+        dtype, quantize = resolve_quantize(dtype, quantize)
         self._dtype = resolve_dtype(dtype, folder, self.device)
-        torch.set_num_threads(resolve_threads(threads, DEFAULT_THREADS))
+        max_threads = max(1, resolve_threads(threads, DEFAULT_THREADS) // group.size)
+        torch.set_num_threads(max_threads)
         spec = read_spec(folder)
         self._backend = make_backend(kernels, self.device, self._dtype)
-        with torch.inference_mode(), Checkpoint(folder.path) as checkpoint:
-            checkpoint.on_progress = on_progress
-            checkpoint.check(asked_by(spec, self._backend))
-            self._decoder = Decoder(spec, Loader(checkpoint, self._backend), self._backend)
+        with torch.inference_mode(), open_source(folder, self._backend, quantize, on_progress) as source:
+            asked = asked_by(spec, self._backend)
+            source.check(asked)
+            mine = share_of(spec, group.size)
+            self._decoder = Decoder(mine, Loader(source, self._backend, quantize, group), self._backend)
         self._kinds = frozenset(spec.attention_kinds)
         self.vocab_size = spec.vocab_size
-        cache = spec.cache
+        cache = mine.cache
         self._key_bytes = cache.num_heads * cache.width * self._dtype.itemsize
         self.block_bytes = spec.num_layers * BLOCK_SIZE * self._key_bytes
         request_bytes = -(-folder.max_model_len // BLOCK_SIZE) * self.block_bytes
-        budget = kv_bytes(kv_memory, free_bytes(self.device), request_bytes, self.device)
-        self.num_blocks = count_blocks(budget, self.block_bytes)
+        budget = kv_bytes(kv_memory, free_bytes(self.device), request_bytes, self.device, group.size)
+        self.num_blocks = agree(count_blocks(budget, self.block_bytes))
         self.max_model_len = min(folder.max_model_len, self.num_blocks * BLOCK_SIZE)
         self.layout = (
-            f"weft kv 1: {str(self._dtype).removeprefix('torch.')}, {spec.num_layers} layers, {cache.content}, "
-            f"{cache.num_heads} heads, {BLOCK_SIZE} slots of {cache.width}"
+            f"weft kv 1: {str(self._dtype).removeprefix('torch.')}, quantize {quantize}, {spec.num_layers} layers, "
+            f"{cache.content}, {spec.cache.num_heads} heads, {BLOCK_SIZE} slots of {cache.width}"
         ).encode()
         self._kv_cache = torch.zeros(
             (spec.num_layers, cache.num_heads, self.num_blocks * BLOCK_SIZE, cache.width),
             dtype=self._dtype,
             device=self.device,
         )
+        num_weights = sum(rows * columns for rows, columns in asked.linears.values()) // group.size
+        self._threads = Threads(max_threads, num_weights, self.block_bytes // (BLOCK_SIZE * self._dtype.itemsize))
         self._graphs = self._make_graphs()
         log.info(
             "model loaded",
@@ -99,7 +141,7 @@ class Runner:
                 "model": folder.name,
                 "device": self.device.type,
                 "dtype": str(self._dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
+                "threads": max_threads,
                 "kv_tokens": self.num_blocks * BLOCK_SIZE,
                 "max_model_len": self.max_model_len,
             },
@@ -118,6 +160,7 @@ class Runner:
         logits = None if self._graphs is None else self._graphs.replay(step, last_tokens)
         if logits is not None:
             return logits
+        torch.set_num_threads(self._threads.choose(step))
         batch = self._backend.make_batch(step, self._kinds, self._key_bytes, last_tokens)
         return self._decoder.forward(batch, self._kv_cache)
 
@@ -168,6 +211,9 @@ class Runner:
         index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
         target.index_copy_(1, index, read.view(len(blocks), target.shape[0], target.shape[2]).transpose(0, 1))
 
+    def close(self) -> None:
+        """There is nothing outside this process."""
+
     def _blocks(self) -> torch.Tensor:
         """The cache by block: [L * heads, N, S * width]."""
         width = self._kv_cache.shape[-1]
@@ -186,12 +232,15 @@ def make_backend(kernels: str, device: torch.device, dtype: torch.dtype) -> Back
     return TritonBackend(device, dtype)
 
 
-def resolve_device(device: str) -> torch.device:
-    """Raises SettingsError if it is not there."""
+def resolve_device(device: str, rank: int | None = None) -> torch.device:
+    """`rank`: which of several GPUs; None for the one there is. Raises SettingsError if it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device: cuda is not available on this machine")
+    if device == "cuda" and rank is not None:
+        torch.cuda.set_device(rank)
+        return torch.device(device, rank)
     return torch.device(device)
 
 
@@ -203,14 +252,3 @@ def resolve_dtype(dtype: str, folder: ModelFolder, device: torch.device) -> torc
         return torch.float32
     named = folder.config.get("dtype") or folder.config.get("torch_dtype")
     return DTYPES.get(str(named), torch.bfloat16)
-
-
-def resolve_threads(threads: int, num_cores: int) -> int:
-    """How many threads compute: what is asked for, or with 0 all cores but the mesh's share; at least one.
-
-    Threads that wait for a core they share with another process hold up all the others at the end of every kernel.
-    """
-    if threads:
-        return threads
-    share = -(-num_cores // CORES_PER_MESH_CORE)
-    return max(1, num_cores - share)

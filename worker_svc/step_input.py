@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
 from weft.hashing import BLOCK_SIZE
@@ -24,11 +26,19 @@ class StepInput:
     pending: list[tuple[int, int]] = field(default_factory=list)
 
 
-def make_step_input(plan: StepPlan) -> tuple[StepInput, list[Sequence]]:
-    """The plan as the runner's columns, and the sequences of its `logit_rows`: those that have no token left."""
+def make_step_input(
+    plan: StepPlan, drafts: Mapping[Sequence, Ordered[int]] | None = None
+) -> tuple[StepInput, list[Sequence]]:
+    """The plan as the runner's columns, and the sequences that have no token left, in the order of `logit_rows`.
+
+    Args:
+        drafts: tokens to compute after the last one of some of these sequences, which must be known. Each gives a row
+            of logits of its own after that of the sequence.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
+    query_lens: list[int] = []
     seq_lens: list[int] = []
     tables: list[list[int]] = []
     logit_rows: list[int] = []
@@ -37,21 +47,23 @@ def make_step_input(plan: StepPlan) -> tuple[StepInput, list[Sequence]]:
     for sequence, count in plan.num_scheduled_tokens.items():
         start, table = sequence.num_computed_tokens, sequence.block_table
         end = start + count
-        if count == 1:
+        draft = drafts.get(sequence, ()) if drafts else ()
+        if count == 1 and not draft:
             token_ids.append(sequence.token_ids[start])
             positions.append(start)
             slots.append(table[start // BLOCK_SIZE] * BLOCK_SIZE + start % BLOCK_SIZE)
         else:
             token_ids += sequence.token_ids[start:end]
-            positions += range(start, end)
-            slots += [table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(start, end)]
-        seq_lens.append(end)
+            token_ids += draft
+            positions += range(start, end + len(draft))
+            slots += [table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(start, end + len(draft))]
+        query_lens.append(count + len(draft))
+        seq_lens.append(end + len(draft))
         tables.append(table)
         if end > sequence.num_known_tokens:
             token_ids[-1] = 0
             pending.append((len(token_ids) - 1, sequence.pending_row))
         if end == len(sequence.token_ids):
-            logit_rows.append(len(token_ids) - 1)
+            logit_rows += range(len(token_ids) - 1 - len(draft), len(token_ids))
             sampled.append(sequence)
-    query_lens = list(plan.num_scheduled_tokens.values())
     return StepInput(token_ids, positions, slots, query_lens, seq_lens, tables, logit_rows, pending), sampled

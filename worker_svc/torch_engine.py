@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
 from weft import model_folder
@@ -14,7 +15,10 @@ from weft.model_folder import ModelFolder
 from weft.settings import WorkerSettings
 from worker_svc.engine import Engine
 from worker_svc.engine_io import Command, EngineLoad, StepOutput
-from worker_svc.runner import Runner
+from worker_svc.parallel.leader import ParallelRunner
+from worker_svc.runner import ModelRunner, Runner
+from worker_svc.speculation.prompt_lookup import PromptLookup
+from worker_svc.speculation.speculation import Speculation
 from worker_svc.step_input import StepInput
 
 log = logging.getLogger(__name__)
@@ -28,34 +32,55 @@ def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad 
 
     Raises:
         SettingsError: names what in the folder or the settings does not work.
+        Unavailable: another rank of this worker ended.
     """
     load = EngineLoad() if load is None else load
-
-    def on_progress(share: float) -> None:
-        load.loaded = share
-
     digest = model_folder.digest(folder)
-    runner = Runner(
-        folder,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_memory=settings.kv_memory,
-        threads=settings.threads,
-        kernels=settings.kernels,
-        on_progress=on_progress,
-    )
+    runner = make_runner(folder, settings, load)
     warm_up(runner, settings.max_num_batched_tokens)
+    overlaps = runner.device.type == "cuda"
     return Engine(
         runner,
         settings,
         digest=digest,
         eos_token_ids=folder.eos_token_ids,
         load=load,
-        overlaps=runner.device.type == "cuda",
+        overlaps=overlaps,
+        speculation=make_speculation(settings, overlaps),
     )
 
 
-def warm_up(runner: Runner, max_num_batched_tokens: int) -> None:
+def make_runner(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad) -> ModelRunner:
+    """The model on as many devices as the settings say; `load` hears how far it is, and of a rank that is lost."""
+
+    def on_progress(share: float) -> None:
+        load.loaded = share
+
+    def on_lost(error: Exception) -> None:
+        load.failure = error
+
+    if settings.tensor_parallel > 1:
+        return ParallelRunner(folder, settings, on_progress=on_progress, on_lost=on_lost)
+    return Runner(
+        folder,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_memory=settings.kv_memory,
+        threads=settings.threads,
+        kernels=settings.kernels,
+        quantize=settings.quantize,
+        on_progress=on_progress,
+    )
+
+
+def make_speculation(settings: WorkerSettings, overlaps: bool) -> Speculation | None:
+    """What the settings say drafts tokens."""
+    if settings.speculation == "ngram":
+        return PromptLookup(settings.speculation_tokens, overlaps=overlaps)
+    return None
+
+
+def warm_up(runner: ModelRunner, max_num_batched_tokens: int) -> None:
     """Compute a short and a long step, so that the first request does not wait for what torch does once."""
     for count in (1, min(max_num_batched_tokens, runner.max_model_len)):
         ids = list(range(count))
@@ -80,13 +105,10 @@ class TorchEngine:
         self.load_bytes_per_s = 0.0
 
     def start(self, on_output: Callable[[StepOutput], None]) -> None:
-        engine = load_engine(self._folder, self._settings, self.load)
-        self.layout, self.block_bytes = engine.layout, engine.block_bytes
-        self._thread = threading.Thread(target=self._run, args=(engine, on_output), name="engine", daemon=True)
-        # What is loaded by now stays: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
+        loaded: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(loaded, on_output), name="engine", daemon=True)
         self._thread.start()
+        loaded.result()
 
     def submit(self, command: Command) -> None:
         self._inbox.put(command)
@@ -97,7 +119,16 @@ class TorchEngine:
             self._thread.join()
             gc.unfreeze()
 
-    def _run(self, engine: Engine, on_output: Callable[[StepOutput], None]) -> None:
+    def _run(self, loaded: Future[None], on_output: Callable[[StepOutput], None]) -> None:
+        try:
+            # In this thread from the start: OpenMP keeps threads for each one that computed. Those of another would
+            # still count, and with more threads than cores waiting ones go to sleep at once: a step of 16 decodes took
+            # 55 ms where it takes 36 (125M parameters, AMD EPYC, 2026).
+            engine = self._load()
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        loaded.set_result(None)
         try:
             while (commands := self._receive(engine.has_work)) is not None:
                 engine.exchange.set_available(self.remote_cache_available)
@@ -107,7 +138,18 @@ class TorchEngine:
                     on_output(output)
         except Exception as error:
             log.exception("engine failed")
-            self.load.failure = error
+            # Of a rank that was lost this is the consequence.
+            self.load.failure = self.load.failure or error
+        finally:
+            engine.close()
+
+    def _load(self) -> Engine:
+        engine = load_engine(self._folder, self._settings, self.load)
+        self.layout, self.block_bytes = engine.layout, engine.block_bytes
+        # What is loaded by now stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        return engine
 
     def _receive(self, has_work: bool) -> list[Command] | None:
         """All commands that are there, or, without work, the next one that comes; None ends the thread."""

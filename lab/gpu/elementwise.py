@@ -11,20 +11,22 @@ import torch.nn.functional as F
 import triton
 
 from lab.gpu.case import Check, CompileCase, Timing, Tuning, compile_case, relative_error
-from worker_svc.kernels import rms_norm, rope_kv_write, swiglu
+from worker_svc.kernels import rms_norm, rope_kv_write, rope_latent_write, swiglu
 from worker_svc.kernels.rope_kv_write import HeadNorms
 from worker_svc.kernels.tuning import Config
 from worker_svc.rope import Rope, frequencies, turns
 
 # Llama-3-8B.
 E, H, KH, D, INNER = 4096, 32, 8, 128, 14336
+# DeepSeek-V2: heads, latent and rotary channels.
+LATENT_H, R, P = 128, 512, 64
 POSITIONS = 131072
 BFLOAT16 = "three roundings to bfloat16, of 2^-9 each at most, against float32"
 
 
 def compile_cases() -> list[CompileCase]:
     """Every branch at the shapes of Llama-3-8B, Qwen3 (norms of heads) and Phi-3-mini (D = 96)."""
-    return [*_norm_cases(), *_rope_cases(), *_gate_cases()]
+    return [*_norm_cases(), *_rope_cases(), _latent_case(), *_gate_cases()]
 
 
 def _norm_cases() -> list[CompileCase]:
@@ -37,7 +39,8 @@ def _norm_cases() -> list[CompileCase]:
         scalars = {"x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
         name = f"{'add_' if adds else ''}rms_norm E{size} weight {weight}"
         config = rms_norm.default_config(block)
-        cases.append(compile_case(name, rms_norm._rms_norm_kernel, pointers | scalars, {"SIZE": size}, config))
+        kernel, strides = rms_norm._rms_norm_kernel, ("x_stride", "residual_stride")
+        cases.append(compile_case(name, kernel, pointers | scalars, {"SIZE": size}, config, strides))
     return cases
 
 
@@ -55,7 +58,7 @@ def _rope_cases() -> list[CompileCase]:
             pointers |= {"q_weight_ptr": "*bf16", "k_weight_ptr": "*bf16"}
         if kv != "bf16":
             pointers["kv_scales_ptr"] = "*fp32"
-        scalars = {"qkv_stride": "i32", "kv_head_stride": "i32", "scales_head_stride": "i32", "eps": "fp32"}
+        strides = dict.fromkeys(("qkv_stride", "kv_head_stride", "scales_head_stride"), "i32")
         constants = {
             "NUM_HEADS": H,
             "NUM_KV_HEADS": KH,
@@ -66,8 +69,18 @@ def _rope_cases() -> list[CompileCase]:
         }
         name = f"rope_kv_write D{head_dim} kv {kv}{' normed' if normed else ''}"
         kernel, config = rope_kv_write._rope_kv_write_kernel, rope_kv_write.DEFAULT
-        cases.append(compile_case(name, kernel, pointers | scalars, constants, config))
+        arguments = pointers | strides | {"eps": "fp32"}
+        cases.append(compile_case(name, kernel, arguments, constants, config, tuple(strides)))
     return cases
+
+
+def _latent_case() -> CompileCase:
+    pointers = {f"{name}_ptr": "*bf16" for name in ("q", "latent", "key", "cache")}
+    pointers |= {"turns_ptr": "*fp32", "slots_ptr": "*i64"}
+    scalars = dict.fromkeys(("q_stride_token", "q_stride_head", "latent_stride", "key_stride"), "i32")
+    constants = {"NUM_HEADS": LATENT_H, "LATENT_DIM": R, "ROPE_DIM": P, "BLOCK_R": R, "BLOCK_P": P}
+    kernel, config = rope_latent_write._rope_latent_write_kernel, rope_latent_write.DEFAULT
+    return compile_case(f"rope_latent_write R{R} P{P}", kernel, pointers | scalars, constants, config, tuple(scalars))
 
 
 def _gate_cases() -> list[CompileCase]:
@@ -79,6 +92,7 @@ def _gate_cases() -> list[CompileCase]:
             arguments,
             {"SIZE": INNER, "IS_SILU": is_silu},
             swiglu.DEFAULT,
+            ("stride",),
         )
         for is_silu in (True, False)
     ]
@@ -93,6 +107,7 @@ def checks(device: torch.device) -> list[Check]:
         Check("rope_kv_write bf16", partial(_rope_error, device, torch.bfloat16, False), 0.01, BFLOAT16),
         Check("rope_kv_write bf16 normed", partial(_rope_error, device, torch.bfloat16, True), 0.01, BFLOAT16),
         Check("rope_kv_write int8", partial(_rope_error, device, torch.int8, False), 0.01, "few are off by one"),
+        Check("rope_latent_write", partial(_latent_error, device), 0.004, BFLOAT16),
         Check(
             "rope_kv_write fp8",
             partial(_rope_error, device, torch.float8_e4m3fn, False),
@@ -133,6 +148,20 @@ def _rope_error(device: torch.device, kv_dtype: torch.dtype, normed: bool) -> fl
     return max(relative_error(q, expected), relative_error(kv.float(), wide_kv.float()))
 
 
+def _latent_error(device: torch.device) -> float:
+    num_tokens = 77
+    q, latent, key = (
+        _randn(*shape, device=device) for shape in ((num_tokens, LATENT_H, R + P), (num_tokens, R), (num_tokens, P))
+    )
+    cache = torch.zeros(2 * num_tokens, R + P, dtype=torch.bfloat16, device=device)
+    slots = torch.randperm(len(cache), device=device)[:num_tokens]
+    angles = _angles(device, torch.randint(POSITIONS, (num_tokens,), device=device), P)
+    wide_q, wide_cache = q.float(), cache.float()
+    rope_latent_write.rope_latent_write_reference(wide_q, latent.float(), key.float(), angles, slots, wide_cache)
+    rope_latent_write.rope_latent_write(q, latent, key, angles, slots, cache)
+    return max(relative_error(q, wide_q), relative_error(cache, wide_cache))
+
+
 def _cache(
     device: torch.device, num_tokens: int, kv_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -143,8 +172,8 @@ def _cache(
     return qkv, kv, torch.zeros(kv.shape[:2], device=device) if is_quantized else None
 
 
-def _angles(device: torch.device, positions: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(turns(positions, frequencies(Rope(5e5), D).to(device)))[:, 0]
+def _angles(device: torch.device, positions: torch.Tensor, rotary_dim: int = D) -> torch.Tensor:
+    return torch.view_as_real(turns(positions, frequencies(Rope(5e5), rotary_dim).to(device)))[:, 0]
 
 
 def tunings(device: torch.device) -> list[Tuning]:

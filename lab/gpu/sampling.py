@@ -54,6 +54,7 @@ def _score_cases() -> list[CompileCase]:
             {"logits_ptr": f"*{dtype}", "vocab_size": "i32", "logits_stride": "i32"} | _ROWS | _BEST | kind,
             {},
             config,
+            ("vocab_size", "logits_stride"),
         )
         for dtype in ("bf16", "fp32")
         for name, kind in kinds.items()
@@ -75,6 +76,7 @@ def _choose_cases() -> list[CompileCase]:
             _ROWS | _BEST | outputs | kind,
             constants,
             Config({"GROUPS": sampling.DEFAULT.blocks["GROUPS"]}, num_warps),
+            ("vocab_size",),
         )
         for name, kind, num_warps in kinds
     ]
@@ -94,6 +96,7 @@ def _count_cases() -> list[CompileCase]:
             arguments,
             {"IS_PROMPT": is_prompt},
             Config({"BLOCK": 128}),
+            ("vocab_size",),
         )
         for is_prompt in (True, False)
     ]
@@ -106,9 +109,10 @@ def _verify_cases() -> list[CompileCase]:
     replaced = _PROBABILITIES | _DRAFTS | _ROWS | _BEST | {"num_accepted_ptr": "*i64", "vocab_size": "i32"}
     finished = _DRAFTS | _VERIFIED | _BEST | {"num_splits": "i32"}
     splits = {"BLOCK_SPLITS": _num_splits(config.blocks["BLOCK"])}
+    replace = verify_rejection._replace_kernel
     return [
         compile_case("verify", verify._verify_kernel, verified, shape, Config({}, num_warps=1)),
-        compile_case("verify_rejection replace", verify_rejection._replace_kernel, replaced, shape, config),
+        compile_case("verify_rejection replace", replace, replaced, shape, config, ("vocab_size",)),
         compile_case("verify_rejection finish", verify_rejection._finish_kernel, finished, shape | splits, Config({})),
     ]
 

@@ -193,6 +193,13 @@ def test_plan_gives_every_role_its_own_password_and_no_other(home: Path) -> None
     assert not any(password in " ".join(spec.argv) for spec in specs for password in passwords)
 
 
+def test_plan_sets_up_a_workers_libraries_unless_the_user_did(home: Path) -> None:
+    by_role = {spec.role: spec.environ for spec in plan([], {"GOMP_SPINCOUNT": "7"}, home).specs}
+    assert by_role["worker"]["GOMP_SPINCOUNT"] == "7"
+    assert "hugetlb=1" in by_role["worker"]["GLIBC_TUNABLES"]
+    assert "GLIBC_TUNABLES" not in by_role["gateway"]
+
+
 def test_plan_hands_flags_and_variables_to_the_services_that_have_them(home: Path) -> None:
     made = plan(["--kv-memory", "1MiB", "--port", "123"], {"WEFT_ROUTE": "round_robin", "PATH": "/bin"}, home)
     by_role = {spec.role: spec.environ for spec in made.specs}
@@ -210,6 +217,16 @@ def test_plan_deals_gpus_and_ports_out(home: Path) -> None:
     assert [spec.environ["CUDA_VISIBLE_DEVICES"] for spec in specs if spec.role == "worker"] == ["4", "7", "4"]
     assert [spec.environ["WEFT_METRICS_PORT"] for spec in specs] == [str(port) for port in range(9100, 9107)]
     assert len({spec.environ["WEFT_THREADS"] for spec in specs if spec.role == "worker"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "dealt"),
+    [("4,7,2,5", 2, ["4,7", "2,5"]), ("4,7,2", 2, ["4,7", "2,4"]), ("4,7", 3, ["4,7", "7,4"])],
+)
+def test_plan_deals_every_worker_a_gpu_for_each_rank(home: Path, gpus: str, ranks: int, dealt: list[str]) -> None:
+    argv = ["--workers", "2", "--tensor-parallel", str(ranks)]
+    specs = plan(argv, {"CUDA_VISIBLE_DEVICES": gpus}, home).specs
+    assert [spec.environ["CUDA_VISIBLE_DEVICES"] for spec in specs if spec.role == "worker"] == dealt
 
 
 def test_plan_on_a_shared_bus_starts_no_server_and_names_the_host(home: Path) -> None:

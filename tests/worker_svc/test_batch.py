@@ -111,6 +111,31 @@ def test_sequence_admitted_last_is_preempted_when_blocks_run_out() -> None:
     assert simulation.finished == [early, late]
 
 
+def test_sequences_that_grow_in_turn_lie_together_while_most_blocks_are_free() -> None:
+    simulation = make([(20, 60)] * 3, num_blocks=64)
+    sequences = list(simulation.waiting)
+    for _ in range(50):
+        simulation.step()
+    for sequence in sequences:
+        table = sequence.block_table
+        assert table == list(range(table[0], table[0] + blocks_for(80)))
+
+
+def test_blocks_held_ahead_are_taken_back_before_anyone_waits_for_blocks() -> None:
+    simulation = make([(16, 100), (16, 100), (12 * BLOCK_SIZE, 2)], num_blocks=20, root=False, max_num_seqs=3)
+    early, late, long = simulation.waiting
+    plan = simulation.step()
+    assert plan.admitted == (early, late, long)
+    assert len(early.block_table) == len(late.block_table) == 1
+
+
+def test_blocks_held_ahead_are_taken_back_before_anyone_is_preempted() -> None:
+    simulation = make([(16, 40), (16, 160)], num_blocks=13, root=False)
+    simulation.run()
+    assert not any(plan.preempted for plan in simulation.plans)
+    assert len(simulation.finished) == 2
+
+
 def test_sequence_that_can_never_fit_fails_alone() -> None:
     simulation = make([(500, 2), (20, 2)], num_blocks=4)
     too_long, other = simulation.waiting

@@ -231,3 +231,12 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
+
+
+def test_blocks_come_in_a_row_where_as_many_are_free() -> None:
+    pool = BlockPool(16)
+    held = pool.allocate(16)
+    pool.free([held[1], held[3], held[5]])
+    pool.free(held[8:12])
+    assert pool.allocate(4) == [8, 9, 10, 11]
+    assert pool.allocate(3) == [1, 3, 5]

@@ -28,6 +28,13 @@ def test_gpu_is_filled_and_a_cpu_holds_one_longest_request() -> None:
     assert kv_bytes(0, 4 * GIB, 3 * GIB, CPU) == 2 * GIB
 
 
+def test_ranks_share_what_is_wanted_and_the_memory_of_a_cpu() -> None:
+    assert kv_bytes(12345, 100, 10, GPU, 2) == kv_bytes(12345, 100, 10, CPU, 2) == 6172
+    assert kv_bytes(0.25, 8 * GIB, 10, GPU, 2) == 2 * kv_bytes(0.25, 8 * GIB, 10, CPU, 2) == 2 * GIB
+    assert kv_bytes(0, 100 * GIB, 10, GPU, 2) == 90 * GIB
+    assert kv_bytes(0, 100 * GIB, 10, CPU, 2) == CPU_BYTES // 2
+
+
 def test_too_few_blocks_for_a_request_are_refused() -> None:
     assert count_blocks(MIN_BLOCKS * 100 + 99, 100) == MIN_BLOCKS
     with pytest.raises(SettingsError, match="kv_memory: 399 bytes hold 3 KV blocks"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from weft.errors import SettingsError
 from weft.messages import SamplingParams
@@ -315,3 +318,34 @@ def test_config_of_a_family_that_cannot_be_served_is_refused_by_name(
 def test_bad_layer_types_are_refused(kinds: Any) -> None:
     with pytest.raises(SettingsError, match="layer_types"):
         spec("Qwen2ForCausalLM", use_sliding_window=True, layer_types=kinds)
+
+
+KEYS = re.findall(
+    r"\w+",
+    """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta
+    rope_scaling rope_parameters partial_rotary_factor original_max_position_embeddings max_position_embeddings
+    sliding_window use_sliding_window max_window_layers layer_types sliding_window_pattern hidden_act
+    hidden_activation query_pre_attn_scalar kv_lora_rank q_lora_rank qk_rope_head_dim n_routed_experts
+    num_experts_per_tok topk_method n_group topk_group scoring_func num_local_experts mlp_only_layers""",
+)
+LEAVES = st.sampled_from(
+    [None, 0, 1, 2, 3, 7, -1, 2**70, True, 0.5, -0.5, 5e-324, 1e308, float("nan"), float("inf"), "", "yarn", "longrope"]
+)
+SECTIONS = st.dictionaries(
+    st.sampled_from(["rope_type", "type", "factor", "beta_fast", "mscale", "rope_theta", "full_attention"]), LEAVES
+)
+
+
+@given(
+    st.sampled_from(sorted(FAMILIES)),
+    st.dictionaries(st.sampled_from(KEYS), LEAVES | SECTIONS | st.lists(LEAVES | SECTIONS, max_size=4), max_size=3),
+    st.sampled_from([1, 256, 10**6]),
+)
+@example("LlamaForCausalLM", {"partial_rotary_factor": 1e308}, 256)
+@example("LlamaForCausalLM", {"hidden_act": [[]]}, 256)
+@settings(max_examples=300, deadline=None)
+def test_any_config_is_read_or_refused_in_one_line(architecture: str, config: dict[str, Any], served: int) -> None:
+    try:
+        spec(architecture, max_model_len=served, **config)
+    except SettingsError as refused:
+        assert "\n" not in str(refused)

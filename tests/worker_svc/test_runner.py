@@ -13,7 +13,7 @@ from tests.support.steps import Driver, make_runner, mixed, one_after_another
 from weft.errors import DecodeError, SettingsError
 from weft.hashing import BLOCK_SIZE
 from worker_svc.memory import MIN_BLOCKS
-from worker_svc.runner import Runner, resolve_device, resolve_threads
+from worker_svc.runner import Runner, resolve_device
 from worker_svc.step_input import StepInput
 
 SEQUENCES = [[(7 * i + 3 * j) % 128 for j in range(length)] for i, length in enumerate((1, 16, 17, 45))]
@@ -108,11 +108,6 @@ def test_kv_budget_too_small_for_a_request_is_refused(tmp_path: Path) -> None:
         make_runner(folder, kv_memory=MIN_BLOCKS * block_bytes - 1)
 
 
-def test_threads_leave_the_mesh_a_share() -> None:
-    assert [resolve_threads(0, cores) for cores in (1, 2, 4, 8, 9, 64)] == [1, 1, 3, 7, 7, 56]
-    assert resolve_threads(5, 2) == 5
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_device_that_is_not_there_is_refused() -> None:
     assert resolve_device("auto").type == "cpu"
@@ -124,7 +119,7 @@ def test_device_that_is_not_there_is_refused() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_cuda_computes_what_the_cpu_does(tmp_path: Path, family: str) -> None:
-    folder = make_checkpoint(tmp_path, family, sliding_window=7 if family == "mistral" else None)
+    folder = make_checkpoint(tmp_path, family, **({"sliding_window": 7} if family == "mistral" else {}))
     expected = Driver(make_runner(folder), SEQUENCES).play(mixed(LENS))
     found = Driver(make_runner(folder, device="cuda"), SEQUENCES).play(mixed(LENS))
     for one, other in zip(expected, found, strict=True):

@@ -1,4 +1,5 @@
 import math
+import random
 from collections.abc import Sequence as Ids
 
 import pytest
@@ -18,7 +19,9 @@ from transformers import (
 from tests.support.engine_requests import make_sequence
 from weft.messages import SamplingParams
 from worker_svc import sampler
-from worker_svc.sampler import FIRST_CANDIDATES, Sampler, Samples, candidate_noise, full_noise, gumbel, philox
+from worker_svc.noise import candidate_noise, full_noise, gumbel, philox
+from worker_svc.sampled_rows import FIRST_CANDIDATES, filter_candidates
+from worker_svc.sampler import Sampler, Samples
 from worker_svc.sequence import Sequence
 
 V = 200
@@ -124,6 +127,33 @@ def test_batch_that_goes_on_gives_what_a_new_sampler_would() -> None:
             item.token_ids.append(token)
 
 
+def test_rows_after_drafted_tokens_get_what_they_would_get_if_these_had_been_sampled() -> None:
+    kept, rng = Sampler(), random.Random(7)
+    sequences = mixed_batch()
+    for step in range(8):
+        drafts = [[rng.randrange(V) for _ in range(rng.randrange(4))] for _ in sequences]
+        logits = logits_of(sum(len(draft) + 1 for draft in drafts), seed=step)
+        drafted = iter(kept.sample(logits.clone(), sequences, drafts).collect().token_ids)
+        rows = iter(logits)
+        for item, draft, params in zip(sequences, drafts, KINDS.values(), strict=True):
+            emitted = item.token_ids[item.num_prompt_tokens :]
+            for i in range(len(draft) + 1):
+                alone = sequence(item.seed, prompt=item.token_ids[:3], emitted=emitted + draft[:i], **params)
+                assert sample(next(rows)[None], [alone]).token_ids == [next(drafted)], f"step {step}"
+            # As if some of the draft had stood.
+            item.token_ids += draft[: rng.randrange(4)] + [rng.randrange(V)]
+
+
+def test_logprobs_and_errors_are_those_of_their_rows() -> None:
+    logits = logits_of(5)
+    logits[3, 8] = math.nan
+    one, other = sequence(0, temperature=1.0, logprobs=2), sequence(1, temperature=0.0)
+    samples = Sampler().sample(logits.clone(), [one, other], [[4, 9], [6]]).collect()
+    assert sorted(samples.logprobs) == [0, 1, 2] and list(samples.errors) == [3]
+    for row, (_, top_ids, _) in samples.logprobs.items():
+        assert top_ids == tuple(logits[row].topk(2).indices.tolist())
+
+
 def test_sampler_notices_a_sequence_that_went_another_way() -> None:
     kept, item = Sampler(), sequence(3, temperature=1.0)
     kept.sample(logits_of(), [item])
@@ -180,12 +210,10 @@ def judge(logits: Tensor, params: dict[str, float]) -> Tensor:
 def support(logits: Tensor, params: dict[str, float]) -> set[int]:
     """Tokens that can be drawn."""
     item = sequence(**params)
-    batch = sampler._Batch([item], torch.device("cpu"), logits.shape[1])
+    batch = sampler._Batch.of([item], torch.device("cpu"), logits.shape[1])
     size = FIRST_CANDIDATES
     while True:
-        values, token_ids, is_found = sampler.filter_candidates(
-            logits / item.sampling.temperature, batch.filtered, size
-        )
+        values, token_ids, is_found = filter_candidates(logits / item.sampling.temperature, batch.filtered, size)
         if bool(is_found.all()):
             return set(token_ids[values > -torch.inf].tolist())
         size *= 8
@@ -246,7 +274,7 @@ def test_equal_logits_keep_a_nucleus_of_the_right_size() -> None:
 def adjusted(logits: Tensor, item: Sequence) -> Tensor:
     """Logits [V] as they are when the token is chosen."""
     copy = logits.clone()
-    sampler._Batch([item], torch.device("cpu"), logits.shape[1]).adjust(copy)
+    sampler._Batch.of([item], torch.device("cpu"), logits.shape[1]).adjust(copy)
     return copy[0]
 
 

@@ -140,14 +140,39 @@ def _combine(parts: torch.Tensor, shifts: torch.Tensor, mask: int) -> torch.Tens
 
 
 @triton.jit
+def word_ptrs(
+    words_ptr, row_tile, last_row_tile, column_tiles, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Where the words of the first columns are: [2 * ROWS, W], threads by words.
+
+    Args:
+        row_tile: the first of ROWS / 64; those after the last are as the last.
+        COLUMNS: 32 or 64.
+    """
+    thread = tl.arange(0, 2 * ROWS)
+    row_tiles = tl.minimum(row_tile + thread // 128, last_row_tile).to(tl.int64) * (column_tiles * TILE_WORDS)
+    word = tl.arange(0, min(COLUMNS * BITS // 64, 4))
+    return words_ptr + (row_tiles + thread % 128 * 4)[:, None] + word[None, :]
+
+
+@triton.jit
+def scale_ptrs(scales_ptr, row_tile, last_row_tile, ROWS: tl.constexpr):
+    """Where the first group's scales are: of the rows [ROWS], and of the threads' rows with i = 0 [2 * ROWS]."""
+    row, thread = tl.arange(0, ROWS), tl.arange(0, 2 * ROWS)
+    rows = tl.minimum(row_tile + row // 64, last_row_tile) * 64 + row % 64
+    low_rows = tl.minimum(row_tile + thread // 128, last_row_tile) * 64 + thread % 128 // 32 * 16 + thread // 4 % 8
+    return scales_ptr + rows, scales_ptr + low_rows
+
+
+@triton.jit
 def load_words(ptrs, k, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     """The words of 32 or 64 columns from column `k` on, which is a multiple of that.
 
     Args:
-        ptrs: [2 * BLOCK_N, W], threads by words of the first tile; W = 2 for 32 columns of int4, else 4.
+        ptrs: of `word_ptrs`.
 
     Returns:
-        [2 * BLOCK_N, W] int32, for 64 columns of int8 [2 * BLOCK_N, 4, 2].
+        [2 * ROWS, W] int32, for 64 columns of int8 [2 * ROWS, 4, 2].
     """
     place = k * BITS // 256 * TILE_WORDS
     if BITS == 4 and COLUMNS == 32:
@@ -164,11 +189,11 @@ def unpack_words(words, zeros_low, zeros_high, magic, BITS: tl.constexpr, COLUMN
 
     Args:
         words: of `load_words`.
-        zeros_low: [2 * BLOCK_N, 1] of 16-bit float, 128 + zero of the threads' rows with i = 0; of int4 only.
+        zeros_low: [2 * ROWS, 1] of 16-bit float, 128 + zero of the threads' rows with i = 0; of int4 only.
         zeros_high: those with i = 1.
 
     Returns:
-        [BLOCK_N, COLUMNS] of `dtype`.
+        [ROWS, COLUMNS] of `dtype`.
     """
     narrow: tl.constexpr = tl.float16 if dtype == tl.float16 else tl.bfloat16
     TILES: tl.constexpr = words.shape[0] // 32  # of 16 rows

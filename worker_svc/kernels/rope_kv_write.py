@@ -185,7 +185,7 @@ def rope_kv_write(
     """
     num_heads = _check(qkv, turns, slots, kv, kv_scales, norms)
     num_tokens, (kv_heads, _, head_dim) = len(qkv), kv.shape
-    q = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+    q = qkv[:, : num_heads * head_dim].view(num_tokens, num_heads, head_dim)
     if num_tokens == 0:
         return q
     block_d = triton.next_power_of_2(head_dim)

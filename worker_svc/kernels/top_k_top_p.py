@@ -27,7 +27,7 @@ from worker_svc.kernels.noise import CHOICE, gumbel, random_bits
 from worker_svc.kernels.varlen import check_tensor
 
 # Tokens that share one largest logit; a 128-byte line of float32.
-GROUP: Final = tl.constexpr(32)
+GROUP: Final = tl.constexpr(64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ from weft.errors import SettingsError
 
 # Far beyond any model's, and small enough that products of a few sizes stay within 64 bits.
 MAX_SIZE: Final = 2**24
+MAX_NUMBER: Final = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class ConfigReader:
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
         if not _is_positive(value):
-            raise self.error(f"{key} is {value!r}, not a positive number")
+            raise self.error(f"{key} is {value!r}, not a positive number up to {MAX_NUMBER:g}")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -52,6 +53,12 @@ class ConfigReader:
             raise self.error(f"{key} is {value!r}, neither true nor false")
         return value
 
+    def choice(self, key: str, known: Iterable[str], default: str) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str) or value not in known:
+            raise self.error(f"{key} {value!r} is not known; known: {', '.join(known)}")
+        return value
+
     def section(self, key: str) -> ConfigReader:
         """The object under `key`; an empty one if there is none."""
         value = self._get(key, {})
@@ -68,4 +75,4 @@ class ConfigReader:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_NUMBER

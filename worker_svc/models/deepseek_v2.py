@@ -74,19 +74,15 @@ def _read_mixture(config: ConfigReader) -> Mixture:
 
 def _read_routing(config: ConfigReader, num_experts: int) -> Routing:
     """Weights are not normalized: DeepSeek's own code and `transformers` differ on what `norm_topk_prob` would mean."""
-    if config.config.get("scoring_func", "softmax") != "softmax":
-        raise config.error(f"scoring_func {config.config['scoring_func']!r} is not known; known is softmax")
+    config.choice("scoring_func", ("softmax",), "softmax")
     if config.flag("norm_topk_prob"):
         raise config.error("norm_topk_prob is true, which has no agreed meaning for this architecture")
     routing = replace(
         read_routing(config, num_experts, is_normalized=False),
         scale=config.number("routed_scaling_factor", 1.0),
     )
-    method = config.config.get("topk_method", "greedy")
-    if method == "greedy":
+    if config.choice("topk_method", ("greedy", "group_limited_greedy"), "greedy") == "greedy":
         return routing
-    if method != "group_limited_greedy":
-        raise config.error(f"topk_method {method!r} is not known; known are greedy, group_limited_greedy")
     num_groups = config.integer("n_group")
     if num_experts % num_groups:
         raise config.error(f"n_routed_experts {num_experts} is no multiple of n_group {num_groups}")

@@ -68,10 +68,7 @@ def read_mlp(config: ConfigReader) -> DenseMlp:
 
 
 def read_activation(config: ConfigReader, key: str = "hidden_act") -> Activation:
-    name = config.config.get(key) or "silu"
-    if name not in ACTIVATIONS:
-        raise config.error(f"{key} {name!r} is not known; known are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[config.choice(key, ACTIVATIONS, "silu")]
 
 
 def with_window(attention: GroupedQueries, window: int | None) -> GroupedQueries:

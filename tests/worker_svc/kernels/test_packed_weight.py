@@ -28,7 +28,6 @@ def int8(size: int, in_features: int, group_size: int) -> Int8Weight:
     return Int8Weight(values, torch.rand(size, in_features // group_size))
 
 
-@pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 @pytest.mark.parametrize("make", [int4, int8])
 def test_every_weight_comes_back(make: Callable[[int, int, int], Any], group_size: int) -> None:

@@ -23,6 +23,8 @@ def assert_near(out: torch.Tensor, expected: torch.Tensor) -> None:
     assert out.dtype == expected.dtype
     tolerance = TOLERANCE[out.dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    # A rounding that is moved is rare; one too many or too few is not.
+    assert out.dtype == torch.float32 or int((out != expected).sum()) <= out.numel() // 50
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -36,9 +36,9 @@ def make_penalties(num_rows: int, vocab_size: int) -> Penalties:
     """For all rows but the first."""
     slots = torch.randperm(num_rows, dtype=torch.int32)
     slots[0] = -1
-    state = torch.randint(9, (num_rows, vocab_size), dtype=torch.int32)
+    state = torch.randint(-6, 6, (num_rows, vocab_size), dtype=torch.int32).clamp(min=0)
     repetition, frequency, presence = torch.rand(3, num_rows)
-    return Penalties(slots, state, 0.5 + repetition, frequency, presence - 0.5)
+    return Penalties(slots, state, 0.2 + 2 * repetition, 2 * frequency - 1, 4 * presence - 2)
 
 
 def make_bias(num_rows: int, vocab_size: int) -> Bias:
@@ -66,6 +66,16 @@ def test_everything_mixed_gives_the_tokens_of_the_reference() -> None:
     filters = Filters(torch.arange(9).int() * 5, 0.2 + 0.1 * torch.arange(9.0), torch.arange(9) % 3 * 0.02)
     more = filters, make_penalties(num_rows, vocab_size), make_bias(num_rows, vocab_size)
     assert torch.equal(sample(logits, *columns, *more, SMALL)[0], sample_reference(logits, *columns, *more)[0])
+
+
+def test_penalties_choose_as_those_of_the_reference() -> None:
+    # Logits so near to each other that the penalties decide.
+    logits, columns, penalties = 0.1 * torch.randn(24, 40), make_columns(24, temperature=0.0), make_penalties(24, 40)
+    expected = sample_reference(logits, *columns, penalties=penalties)[0]
+    before = penalties.state.clone()
+    assert torch.equal(sample(logits, *columns, penalties=penalties, config=SMALL)[0], expected)
+    assert not torch.equal(expected, logits.argmax(dim=1))
+    assert torch.equal(penalties.state, before)
 
 
 def test_greedy_takes_the_lowest_id_of_equal_logits() -> None:

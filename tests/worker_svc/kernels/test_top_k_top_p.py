@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 # Two splits of the vocabularies below, and scans of one to three rounds.
 SMALL = Config({"BLOCK": 128, "GROUPS": 2}, num_warps=1)
+WIDE = Config({"BLOCK": 512, "GROUPS": 16}, num_warps=1)
 
 
 @pytest.fixture(autouse=True, params=[0])
@@ -73,6 +74,14 @@ def test_top_p_takes_its_share_of_what_top_k_keeps() -> None:
 def test_strictest_filters_keep_the_likeliest(filters: dict[str, float]) -> None:
     logits = torch.randn(3, 40)
     assert torch.equal(draw(logits, make_filters(3, **filters)), logits.argmax(dim=1))
+
+
+def test_what_top_k_keeps_is_weighed_wherever_it_is() -> None:
+    # 0.5 and 0.3, and 0.01 for each twentieth token after them: 18 of these belong to the first 20.
+    logits = torch.full((8, 400), -50.0)
+    logits[:, ::20] = math.log(0.01)
+    logits[:, 0], logits[:, 20] = math.log(0.5), math.log(0.3)
+    assert set(draw(logits, make_filters(8, top_k=20, top_p=0.4), WIDE).tolist()) == {0}
 
 
 def test_logits_far_apart_lose_no_token() -> None:

@@ -1,0 +1,71 @@
+"""What the engine asks of whoever drafts, and what it tells them. Pure.
+
+A draft is what may come next in a sequence, as tokens that one step computes along with the sequence's last one. The
+model's own token is then sampled at each place, with the noise of that place, and the draft stands as far as it says
+the same: so the text is that of plain decoding, greedy or sampled, whatever was drafted. What the step wrote into KV
+blocks for tokens that do not stand is written over, as those places are not counted as computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import Protocol
+
+from worker_svc.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """What one step gave one sequence."""
+
+    sequence: Sequence
+    first_index: int  # of the tokens in `Sequence.token_ids`
+    num_drafts: int  # drafted tokens that the step computed
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """A step whose tokens are known, and stand in their sequences."""
+
+    sequences: Ordered[Sequence]  # that it computed tokens of and that have not ended
+    emitted: list[Emitted]
+    is_decode: bool  # each sequence of the step had one token to compute, and emitted
+    seconds: float
+
+
+class Speculation(Protocol):
+    """Drafts for the sequences of an engine."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next step is to be planned only when the tokens of the one before are known."""
+
+    def draft(self, sequences: Ordered[Sequence], rooms: Ordered[int], max_drafts: int) -> list[Ordered[int]]:
+        """What may come next in each sequence of a decode step, all of whose tokens are known.
+
+        Args:
+            rooms: most tokens for each.
+            max_drafts: most tokens for all.
+        """
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learn what came of a step, drafted for or not. Called for every step."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence has ended."""
+
+
+def standing(draft: Ordered[int], sampled: Ordered[int]) -> int:
+    """How many of `sampled` are to be emitted: those where the draft said the same, and one more.
+
+    Args:
+        sampled: one more than the draft has, or fewer if the rest cannot be told.
+    """
+    count = 0
+    while count < len(sampled):
+        count += 1
+        if count > len(draft) or draft[count - 1] != sampled[count - 1]:
+            break
+    return count
