@@ -27,6 +27,7 @@ from weft.child import Child, ChildSpec, News, StartFailed, describe_status, res
 from weft.data_folder import DataFolder
 from weft.errors import SettingsError, WeftError
 from weft.exit_status import BAD_SETTINGS
+from weft.hashing import BLOCK_SIZE
 from weft.messages import Control, ControlReply, Heartbeat, Role
 from weft.settings import MeshSettings
 
@@ -287,11 +288,23 @@ class Supervisor:
                     await self._stopping.wait()
 
     async def _ask_loaded(self, bus: Bus, child: Child) -> None:
-        # A worker that does not say, or not now, is simply loading.
-        with contextlib.suppress(WeftError):
+        child.loaded = (await self._ask_stats(bus, child)).get("engine_loaded", 0.0)
+
+    async def _ask_stats(self, bus: Bus, child: Child) -> dict[str, float]:
+        """The worker's numbers; none if it does not say, or not now: it may be loading."""
+        try:
             subject = subjects.control("worker", child.spec.name)
-            reply = await bus.ask(subject, Control("stats"), ControlReply, timeout_s=1.0)
-            child.loaded = reply.stats.get("engine_loaded", 0.0)
+            return (await bus.ask(subject, Control("stats"), ControlReply, timeout_s=1.0)).stats
+        except WeftError:
+            return {}
+
+    async def kv_tokens(self) -> list[int]:
+        """How many tokens' KV each worker has room for, of those that say so."""
+        workers = [child for child in self.services.values() if child.spec.role == "worker"]
+        if self._bus is None:
+            return []
+        stats = await asyncio.gather(*(self._ask_stats(self._bus, worker) for worker in workers))
+        return [int(one["engine_num_blocks"]) * BLOCK_SIZE for one in stats if one.get("engine_num_blocks")]
 
     def _bus_settings(self) -> MeshSettings:
         if not self._passwords:

@@ -65,6 +65,7 @@ class Plan:
     passwords: Mapping[Role, str]
     url: str
     model: str
+    max_model_len: int
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,7 +109,7 @@ def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, envi
     host = {"127.0.0.1": "localhost", "0.0.0.0": "localhost", "::": "localhost"}.get(
         settings.gateway.host, settings.gateway.host
     )
-    return Plan(tuple(specs), passwords, f"http://{host}:{settings.gateway.port}", model.name)
+    return Plan(tuple(specs), passwords, f"http://{host}:{settings.gateway.port}", model.name, model.max_model_len)
 
 
 def _tail_of(folder: DataFolder) -> str:
@@ -193,7 +194,8 @@ async def _run(settings: UpSettings, plan: Plan, folder: DataFolder, out: TextIO
             ready.cancel()
         if not running.done():
             folder.write_run_file(_run_file(plan, supervisor))
-            view.say(_welcome(plan, folder, time.monotonic() - began))
+            took_s = time.monotonic() - began
+            view.say(_welcome(plan, folder, took_s, await supervisor.kv_tokens()))
         await running
     finally:
         if follower:
@@ -251,10 +253,16 @@ def _run_file(plan: Plan, supervisor: Supervisor) -> RunFile:
     return RunFile(os.getpid(), plan.url, supervisor.nats_url, user, plan.passwords.get("supervisor", ""))
 
 
-def _welcome(plan: Plan, folder: DataFolder, took_s: float) -> str:
+def _welcome(plan: Plan, folder: DataFolder, took_s: float, kv_tokens: Sequence[int]) -> str:
+    """`kv_tokens`: how many tokens fit into each worker's KV memory."""
+    room = ""
+    if kv_tokens:
+        each = "its worker's KV memory holds" if len(kv_tokens) == 1 else f"each of {len(kv_tokens)} workers holds"
+        room = f"Contexts have up to {min(plan.max_model_len, *kv_tokens):,} tokens; {each} {min(kv_tokens):,}.\n"
     body = json.dumps({"model": plan.model, "messages": [{"role": "user", "content": EXAMPLE}], "stream": True})
     return f"""
-Weft serves {plan.model} at {plan.url} (ready after {took_s:.1f} s). Try
+Weft serves {plan.model} at {plan.url} (ready after {took_s:.1f} s).
+{room}Try
 
   curl -N {plan.url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{body}'
