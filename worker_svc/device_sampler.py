@@ -18,7 +18,16 @@ from worker_svc.kernels.noise import seeds_tensor
 from worker_svc.kernels.penalties import Bias, Penalties, count_completion_, count_prompt_
 from worker_svc.kernels.sampling import sample
 from worker_svc.kernels.top_k_top_p import Filters
-from worker_svc.sampler import Drafts, LogprobTensors, Samples, is_filtered, is_greedy, is_penalized, look_up_logprobs
+from worker_svc.sampler import (
+    Drafts,
+    Foreseen,
+    LogprobTensors,
+    Samples,
+    is_filtered,
+    is_greedy,
+    is_penalized,
+    look_up_logprobs,
+)
 from worker_svc.sequence import Sequence
 
 # `until` of a bias that always holds.
@@ -77,6 +86,15 @@ class DeviceSampler:
         logprobs = look_up_logprobs(logits, token_ids, batch.logprobs)
         batch.advance(token_ids)
         return _send(token_ids, is_bad, logprobs)
+
+    @torch.inference_mode()
+    def foresee(self, logits: Tensor, sequences: list[Sequence], rows: list[int], offset: int) -> Foreseen:
+        """As `Sampler.foresee`, with margins of the likeliest token's logit, without noise."""
+        drawn = [_Row(sequences[row], (0,) * offset) for row in rows]
+        batch = _Batch(drawn, self._device, logits.shape[1], None)
+        token_ids, _ = sample(logits, batch.temperature, batch.seeds, batch.positions, batch.filters)
+        top = logits.topk(2, dim=1).values
+        return Foreseen(token_ids.tolist(), (top[:, 0] - top[:, 1]).tolist())
 
 
 def _send(token_ids: Tensor, is_bad: Tensor, logprobs: LogprobTensors | None) -> DeviceSampling:

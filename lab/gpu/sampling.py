@@ -12,7 +12,7 @@ import triton
 from lab.gpu.case import Check, CompileCase, Timing, Tuning, compile_case
 from worker_svc.kernels import penalties, sampling, verify, verify_rejection
 from worker_svc.kernels.penalties import Bias, Penalties
-from worker_svc.kernels.top_k_top_p import GROUP, Filters
+from worker_svc.kernels.top_k_top_p import Filters, group_size
 from worker_svc.kernels.tuning import Config
 
 V = 128256
@@ -46,7 +46,8 @@ def compile_cases() -> list[CompileCase]:
 
 def _score_cases() -> list[CompileCase]:
     kinds: dict[str, dict[str, str]] = {"plain": {}, "filters": _FILTERS, "all": _FILTERS | _PENALTIES | _BIAS}
-    config = Config({"BLOCK": sampling.DEFAULT.blocks["BLOCK"]}, sampling.DEFAULT.num_warps)
+    blocks = sampling.DEFAULT.blocks
+    config = Config({"BLOCK": blocks["BLOCK"], "GROUP": blocks["GROUP"]}, sampling.DEFAULT.num_warps)
     return [
         compile_case(
             f"sample score {dtype} {name}",
@@ -62,28 +63,31 @@ def _score_cases() -> list[CompileCase]:
 
 
 def _choose_cases() -> list[CompileCase]:
-    block = sampling.DEFAULT.blocks["BLOCK"]
-    outputs = {"token_ids_ptr": "*i64", "is_bad_ptr": "*i1", "vocab_size": "i32", "num_splits": "i32"}
-    kinds: tuple[tuple[str, dict[str, str], int], ...] = (
-        ("plain", {}, sampling.CHOOSE_WARPS),
-        ("filters", _FILTERS, sampling.FILTER_WARPS),
-    )
-    constants = {"GROUPS_PER_SPLIT": block // GROUP.value, "BLOCK_SPLITS": _num_splits(block)}
+    """Vocabularies of Llama 3, Qwen and Gemma 3."""
+    plain = _choose_case("sample choose plain", {}, V, sampling.CHOOSE_WARPS)
     return [
-        compile_case(
-            f"sample choose {name}",
-            sampling._choose_kernel,
-            _ROWS | _BEST | outputs | kind,
-            constants,
-            Config({"GROUPS": sampling.DEFAULT.blocks["GROUPS"]}, num_warps),
-            ("vocab_size",),
-        )
-        for name, kind, num_warps in kinds
+        plain,
+        *[
+            _choose_case(f"sample choose filters V{vocab_size}", _FILTERS, vocab_size, sampling.FILTER_WARPS)
+            for vocab_size in (V, 151936, 262208)
+        ],
     ]
 
 
-def _num_splits(block: int) -> int:
-    return int(triton.next_power_of_2(triton.cdiv(V, block)))
+def _choose_case(name: str, filters: dict[str, str], vocab_size: int, num_warps: int) -> CompileCase:
+    outputs = {"token_ids_ptr": "*i64", "is_bad_ptr": "*i1"}
+    integers = dict.fromkeys(("vocab_size", "num_splits", "num_groups"), "i32")
+    blocks = sampling.DEFAULT.blocks
+    group = group_size(vocab_size, blocks["GROUP"])
+    num_splits = triton.cdiv(vocab_size, blocks["BLOCK"])
+    constants = {
+        "BLOCK_SPLITS": triton.next_power_of_2(num_splits),
+        "BLOCK_GROUPS": triton.next_power_of_2(num_splits * blocks["BLOCK"] // group),
+        "GROUP": group,
+    }
+    config = Config({"SCAN": blocks["SCAN"]}, num_warps)
+    arguments = _ROWS | _BEST | outputs | integers | filters
+    return compile_case(name, sampling._choose_kernel, arguments, constants, config, ("vocab_size",))
 
 
 def _count_cases() -> list[CompileCase]:
@@ -108,7 +112,7 @@ def _verify_cases() -> list[CompileCase]:
     verified = {"sampled_ptr": "*i64", "sampled_stride": "i32", "draft_stride": "i32"} | _DRAFTS | _VERIFIED
     replaced = _PROBABILITIES | _DRAFTS | _ROWS | _BEST | {"num_accepted_ptr": "*i64", "vocab_size": "i32"}
     finished = _DRAFTS | _VERIFIED | _BEST | {"num_splits": "i32"}
-    splits = {"BLOCK_SPLITS": _num_splits(config.blocks["BLOCK"])}
+    splits = {"BLOCK_SPLITS": triton.next_power_of_2(triton.cdiv(V, config.blocks["BLOCK"]))}
     replace = verify_rejection._replace_kernel
     return [
         compile_case("verify", verify._verify_kernel, verified, shape, Config({}, num_warps=1)),
@@ -210,9 +214,9 @@ def _rejection_inputs(device: torch.device, num_rows: int) -> _RejectionInputs:
 def tunings(device: torch.device) -> list[Tuning]:
     """One config for all batches, since sums are rounded as it has them: at 32 rows with filters."""
     candidates = [
-        Config({"BLOCK": block, "GROUPS": groups}, num_warps)
+        Config({"BLOCK": block, "GROUP": 64, "SCAN": scan}, num_warps)
         for block, num_warps in ((512, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8))
-        for groups in (64, 128, 256)
+        for scan in (4096, 8192)
     ]
     splits = [Config({"BLOCK": block}, num_warps) for block in (1024, 2048, 4096) for num_warps in (4, 8)]
     return [

@@ -37,7 +37,9 @@ async def write(mesh: Up, kill_after: int | None = None) -> str:
             if data == "[DONE]":
                 return "".join(parts)
             if data:
-                parts.append(json.loads(data)["choices"][0]["text"])
+                event = json.loads(data)
+                assert "choices" in event, event
+                parts.append(event["choices"][0]["text"])
             if data and len(parts) == kill_after:
                 os.kill(rank_of(mesh), signal.SIGKILL)
     raise AssertionError("the stream broke off")

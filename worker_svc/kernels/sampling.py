@@ -31,14 +31,15 @@ from worker_svc.kernels.penalties import (
     penalize,
     penalize_reference,
 )
-from worker_svc.kernels.top_k_top_p import GROUP, Filters, filter_reference, first_kept, load_filters
+from worker_svc.kernels.top_k_top_p import Filters, filter_reference, first_kept, group_size, load_filters
 from worker_svc.kernels.tuning import Config, choose
 from worker_svc.kernels.varlen import check_tensor
 from worker_svc.noise import full_noise
 
 # A vocabulary of 128256 has 126 splits, one for each multiprocessor of an H100 at batch 1. The same at any batch, since
-# sums are rounded as the splits have them. A row with filters scans 128 groups of 32 tokens at once, 8 tokens a thread.
-DEFAULT: Final = Config({"BLOCK": 1024, "GROUPS": 128}, num_warps=4)
+# sums are rounded as the splits have them. The groups of `top_k_top_p` have 64 tokens, or more where the vocabulary is
+# very large; what may be kept is scanned 8 tokens a thread.
+DEFAULT: Final = Config({"BLOCK": 1024, "GROUP": 64, "SCAN": 4096}, num_warps=4)
 CHOOSE_WARPS: Final = 4
 FILTER_WARPS: Final = 16
 
@@ -96,6 +97,7 @@ def _score_kernel(
     vocab_size,
     logits_stride,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """One split of one row: its best token, NaN for its score if a logit is not finite, and what `first_kept` needs."""
     row = tl.program_id(1).to(tl.int64)
@@ -161,9 +163,11 @@ def _choose_kernel(
     is_bad_ptr,
     vocab_size,
     num_splits,
-    GROUPS_PER_SPLIT: tl.constexpr,
+    num_groups,
     BLOCK_SPLITS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """One row."""
     row = tl.program_id(0).to(tl.int64)
@@ -176,7 +180,7 @@ def _choose_kernel(
     if top_k_ptr is not None:
         top_k, top_p, min_p, is_filtered = load_filters(row, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size)
         if is_filtered & (tl.load(temperature_ptr + row) > 0.0) & (num_bad == 0):
-            first_group = first * GROUPS_PER_SPLIT
+            first_group = row * num_groups
             token = first_kept(
                 token,
                 tl.load(seeds_ptr + row),
@@ -190,11 +194,12 @@ def _choose_kernel(
                 split_max_ptr + first,
                 split_sum_ptr + first,
                 vocab_size,
-                num_splits * GROUPS_PER_SPLIT,
+                num_groups,
                 num_splits,
-                BLOCK_SPLITS * GROUPS_PER_SPLIT,
+                BLOCK_GROUPS,
                 BLOCK_SPLITS,
-                GROUPS,
+                GROUP,
+                SCAN,
             )
     tl.store(token_ids_ptr + row, tl.where(num_bad > 0, 0, token).to(tl.int64))
     tl.store(is_bad_ptr + row, num_bad > 0)
@@ -238,7 +243,9 @@ def sample(
 
     best_scores = torch.empty((num_rows, num_splits), dtype=torch.float32, device=logits.device)
     best_tokens = torch.empty_like(best_scores, dtype=torch.int32)
-    filter_columns = _filter_columns(filters, num_rows, num_splits, block)
+    group = min(group_size(vocab_size, config.blocks["GROUP"]), block)
+    num_groups = num_splits * block // group
+    filter_columns = _filter_columns(filters, num_rows, num_splits, num_groups, num_splits * block)
     _score_kernel[(num_splits, num_rows)](
         logits,
         temperature,
@@ -252,6 +259,7 @@ def sample(
         vocab_size,
         logits.stride(0),
         BLOCK=block,
+        GROUP=group,
         num_warps=config.num_warps,
     )
     _choose_kernel[(num_rows,)](
@@ -265,9 +273,11 @@ def sample(
         is_bad,
         vocab_size,
         num_splits,
-        GROUPS_PER_SPLIT=block // GROUP.value,
+        num_groups,
         BLOCK_SPLITS=triton.next_power_of_2(num_splits),
-        GROUPS=config.blocks["GROUPS"],
+        BLOCK_GROUPS=triton.next_power_of_2(num_groups),
+        GROUP=group,
+        SCAN=config.blocks["SCAN"],
         num_warps=CHOOSE_WARPS if filters is None else FILTER_WARPS,
     )
     return token_ids, is_bad
@@ -279,7 +289,7 @@ def _columns(parameters: Penalties | Bias | None, kind: type[Penalties] | type[B
 
 
 def _filter_columns(
-    filters: Filters | None, num_rows: int, num_splits: int, block: int
+    filters: Filters | None, num_rows: int, num_splits: int, num_groups: int, num_tokens: int
 ) -> tuple[torch.Tensor | None, ...]:
     """Parameters, and memory for what the first kernel leaves to the second."""
     if filters is None:
@@ -288,12 +298,11 @@ def _filter_columns(
     def scratch(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty((num_rows, size), dtype=dtype, device=filters.top_k.device)
 
-    num_groups = num_splits * block // GROUP.value
     return (
         filters.top_k,
         filters.top_p,
         filters.min_p,
-        scratch(num_splits * block),
+        scratch(num_tokens),
         scratch(num_groups),
         scratch(num_groups, torch.int32),
         scratch(num_splits),

@@ -9,7 +9,7 @@ and weigh what comes before it, and if it is not kept, take the argmax over thos
 is a sample of softmax(z), the first is kept with the probability of the prefix, 0.9 for top_p = 0.9, and each further
 one leaves half of what is left, on average (the idea of FlashInfer's "Sorting-free GPU kernels for LLM sampling", 2025,
 but here the noise is fixed, so that the result is that of a sort). The scan for what comes before a token looks only at
-groups of 32 tokens whose largest logit may be before it.
+groups of tokens whose largest logit may be before it.
 
 One thing does need the prefix of `top_k`: its probability, of which `top_p` takes its share. It is found by bisection.
 """
@@ -26,8 +26,8 @@ import triton.language as tl
 from worker_svc.kernels.noise import CHOICE, gumbel, random_bits
 from worker_svc.kernels.varlen import check_tensor
 
-# Tokens that share one largest logit; a 128-byte line of float32.
-GROUP: Final = tl.constexpr(64)
+# Of a row's groups of tokens; a program of 512 threads holds the largest logits of so many in registers.
+MAX_GROUPS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,11 @@ def filter_reference(scaled: torch.Tensor, filters: Filters) -> torch.Tensor:
     is_kept &= (before < torch.where(filters.top_p < 1, filters.top_p, 2.0)[:, None]) | (ranks == 0)
     is_kept &= values >= values[:, :1] + filters.min_p.log()[:, None]
     return scaled.masked_fill(torch.empty_like(is_kept).scatter_(1, token_ids, ~is_kept), -torch.inf)
+
+
+def group_size(vocab_size: int, least: int) -> int:
+    """Tokens whose largest logit is kept, as a power of two, so that there are at most `MAX_GROUPS`."""
+    return max(least, int(triton.next_power_of_2(triton.cdiv(vocab_size, MAX_GROUPS))))
 
 
 @triton.jit
@@ -113,21 +118,21 @@ def _tokens(groups, PER_GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load_groups(scaled_ptr, active_ptr, first, num_active, GROUPS: tl.constexpr):
+def _load_groups(scaled_ptr, active_ptr, first, num_active, GROUP: tl.constexpr, SCAN: tl.constexpr):
     """Groups of the list from `first`, their tokens and their logits, -inf after the end."""
-    index = first + tl.arange(0, GROUPS)
+    index = first + tl.arange(0, SCAN // GROUP)
     groups = tl.load(active_ptr + index, mask=index < num_active, other=-1)
     tokens = _tokens(groups, GROUP)
     return groups, tokens, tl.load(scaled_ptr + tokens, mask=tokens >= 0, other=float("-inf"))
 
 
 @triton.jit
-def _before(scaled_ptr, active_ptr, num_active, value, token, largest, GROUPS: tl.constexpr):
+def _before(scaled_ptr, active_ptr, num_active, value, token, largest, GROUP: tl.constexpr, SCAN: tl.constexpr):
     """How many tokens come before the token with this logit, and their sum of exp(z - largest)."""
-    counts = tl.zeros([GROUPS * GROUP], tl.int32)
-    weights = tl.zeros([GROUPS * GROUP], tl.float32)
-    for first in range(0, num_active, GROUPS):
-        _, tokens, scaled = _load_groups(scaled_ptr, active_ptr, first, num_active, GROUPS)
+    counts = tl.zeros([SCAN], tl.int32)
+    weights = tl.zeros([SCAN], tl.float32)
+    for first in range(0, num_active, SCAN // GROUP):
+        _, tokens, scaled = _load_groups(scaled_ptr, active_ptr, first, num_active, GROUP, SCAN)
         is_before = (scaled > value) | ((scaled == value) & (tokens < token))
         counts += is_before.to(tl.int32)
         weights += tl.where(is_before, tl.exp(scaled - largest), 0.0)
@@ -135,12 +140,14 @@ def _before(scaled_ptr, active_ptr, num_active, value, token, largest, GROUPS: t
 
 
 @triton.jit
-def _best_before(scaled_ptr, active_ptr, num_active, value, token, seed, position, GROUPS: tl.constexpr):
+def _best_before(
+    scaled_ptr, active_ptr, num_active, value, token, seed, position, GROUP: tl.constexpr, SCAN: tl.constexpr
+):
     """Logit and id of the token with the largest logit + noise among those before the token with this logit."""
-    scores = tl.full([GROUPS * GROUP], float("-inf"), tl.float32)
-    winners = tl.full([GROUPS * GROUP], 2147483647, tl.int32)
-    for first in range(0, num_active, GROUPS):
-        groups, tokens, scaled = _load_groups(scaled_ptr, active_ptr, first, num_active, GROUPS)
+    scores = tl.full([SCAN], float("-inf"), tl.float32)
+    winners = tl.full([SCAN], 2147483647, tl.int32)
+    for first in range(0, num_active, SCAN // GROUP):
+        groups, tokens, scaled = _load_groups(scaled_ptr, active_ptr, first, num_active, GROUP, SCAN)
         noise = gumbel(random_bits(seed, _tokens(groups, GROUP // 4), position, CHOICE))
         is_before = (scaled > value) | ((scaled == value) & (tokens < token))
         score = tl.where(is_before, scaled + noise, float("-inf"))
@@ -153,7 +160,9 @@ def _best_before(scaled_ptr, active_ptr, num_active, value, token, seed, positio
 
 
 @triton.jit
-def _mass_of_top_k(scaled_ptr, active_ptr, num_active, top_k, bound, largest, vocab_size, GROUPS: tl.constexpr):
+def _mass_of_top_k(
+    scaled_ptr, active_ptr, num_active, top_k, bound, largest, vocab_size, GROUP: tl.constexpr, SCAN: tl.constexpr
+):
     """Sum of exp(z - largest) over the first `top_k` tokens, all of which have z >= bound."""
     low, high = _key(bound), _key(largest) + 1
     count = 0
@@ -161,7 +170,9 @@ def _mass_of_top_k(scaled_ptr, active_ptr, num_active, top_k, bound, largest, vo
     # At least top_k tokens reach `low`; `count` reach `high`, at most top_k, and `mass` is theirs.
     while (high - low > 1) & (count < top_k):
         middle = (low + high) >> 1
-        reached, reached_mass = _before(scaled_ptr, active_ptr, num_active, _value(middle), vocab_size, largest, GROUPS)
+        reached, reached_mass = _before(
+            scaled_ptr, active_ptr, num_active, _value(middle), vocab_size, largest, GROUP, SCAN
+        )
         if reached > top_k:
             low = middle
         else:
@@ -181,7 +192,7 @@ def first_kept(
     top_p,
     min_p,
     scaled_ptr,  # [V] logits of the row, divided by the temperature
-    group_max_ptr,  # [num_groups] the largest of each group of 32
+    group_max_ptr,  # [num_groups] the largest of each GROUP tokens
     active_ptr,  # [num_groups] int32, written here
     split_max_ptr,  # [num_splits] the largest of each split
     split_sum_ptr,  # [num_splits] the sum of exp(z - that)
@@ -190,7 +201,8 @@ def first_kept(
     num_splits,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """The kept token with the largest logit + noise; `token` has the largest of all."""
     splits = tl.arange(0, BLOCK_SPLITS)
@@ -220,12 +232,12 @@ def first_kept(
     if top_p < 1.0:
         if top_k < vocab_size:
             limit = top_p * _mass_of_top_k(
-                scaled_ptr, active_ptr, num_active, top_k, bound, largest, vocab_size, GROUPS
+                scaled_ptr, active_ptr, num_active, top_k, bound, largest, vocab_size, GROUP, SCAN
             )
         else:
             limit = top_p * tl.sum(split_sum * tl.exp(split_max - largest), axis=0)
-    count, mass = _before(scaled_ptr, active_ptr, num_active, value, token, largest, GROUPS)
+    count, mass = _before(scaled_ptr, active_ptr, num_active, value, token, largest, GROUP, SCAN)
     while (count > 0) & ((count >= top_k) | (mass >= limit) | (value < least)):
-        value, token = _best_before(scaled_ptr, active_ptr, num_active, value, token, seed, position, GROUPS)
-        count, mass = _before(scaled_ptr, active_ptr, num_active, value, token, largest, GROUPS)
+        value, token = _best_before(scaled_ptr, active_ptr, num_active, value, token, seed, position, GROUP, SCAN)
+        count, mass = _before(scaled_ptr, active_ptr, num_active, value, token, largest, GROUP, SCAN)
     return token

@@ -15,7 +15,7 @@ from worker_svc.sampler import Sampler
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-SMALL = Config({"BLOCK": 64, "GROUPS": 4}, num_warps=1)
+SMALL = Config({"BLOCK": 64, "GROUP": 32, "SCAN": 128}, num_warps=1)
 Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 

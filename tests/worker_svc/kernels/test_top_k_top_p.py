@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from worker_svc.kernels.sampling import sample, sample_reference
-from worker_svc.kernels.top_k_top_p import Filters, filter_reference
+from worker_svc.kernels.sampling import DEFAULT, sample, sample_reference
+from worker_svc.kernels.top_k_top_p import MAX_GROUPS, Filters, filter_reference, group_size
 from worker_svc.kernels.tuning import Config
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 # Two splits of the vocabularies below, and scans of one to three rounds.
-SMALL = Config({"BLOCK": 128, "GROUPS": 2}, num_warps=1)
-WIDE = Config({"BLOCK": 512, "GROUPS": 16}, num_warps=1)
+SMALL = Config({"BLOCK": 128, "GROUP": 32, "SCAN": 64}, num_warps=1)
+WIDE = Config({"BLOCK": 512, "GROUP": 32, "SCAN": 512}, num_warps=1)
 
 
 @pytest.fixture(autouse=True, params=[0])
@@ -90,7 +90,11 @@ def test_logits_far_apart_lose_no_token() -> None:
 
 
 def test_default_config_gives_the_same() -> None:
-    draw(3 * torch.randn(3, 1500), make_filters(3, [40, 0, 7], [0.9, 0.5, 1.0]), Config({"BLOCK": 1024, "GROUPS": 128}))
+    draw(3 * torch.randn(3, 1500), make_filters(3, [40, 0, 7], [0.9, 0.5, 1.0]), DEFAULT)
+
+
+def test_groups_are_larger_where_there_would_be_too_many() -> None:
+    assert [group_size(size, 64) for size in (1, 128256, 64 * MAX_GROUPS, 64 * MAX_GROUPS + 1)] == [64, 64, 64, 128]
 
 
 def test_reference_keeps_what_transformers_does() -> None:
