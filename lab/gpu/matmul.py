@@ -144,7 +144,13 @@ def checks(device: torch.device) -> list[Check]:
         for num_tokens in (1, 13, 64, 301)
     ]
     quantized = Check("quantize_fp8", partial(_quantize_error, device), 0.005, "a few roundings go the other way")
-    return [*skinny, *packed, *fp8, quantized, Check("the same bits each time", partial(_differences, device), 0.0, "")]
+    return [
+        *skinny,
+        *packed,
+        *fp8,
+        quantized,
+        Check("matmul_skinny, the same each time", partial(_differences, device), 0.0, "parts are added up in order"),
+    ]
 
 
 def _randn(*shape: int, device: torch.device) -> torch.Tensor:

@@ -2,5 +2,5 @@
 
 import os
 
-# Triton 3.9 warns in every process where this is not said; fused multiply-add is what the kernels' tolerances allow for.
+# Triton 3.9 warns in every process where this is not said. Fused multiply-add is what the kernels' tolerances allow.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
