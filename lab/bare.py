@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from weft.columns import pack_u32
@@ -20,6 +20,7 @@ from weft.hashing import block_hashes, chain_root
 from weft.messages import Choice, SamplingParams, TokenizedRequest
 from weft.model_folder import digest, read
 from weft.settings import WorkerSettings, load
+from weft.up import WORKER_ENVIRON
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,9 +42,9 @@ class Bare:
 
 
 @contextmanager
-def process(*flags: str) -> Iterator[Bare]:
-    """An engine with these worker flags, loaded and warm."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("WEFT_")}
+def process(*flags: str, environ: Mapping[str, str] = WORKER_ENVIRON) -> Iterator[Bare]:
+    """An engine with these worker flags, loaded and warm. `environ`: what `weft up` would set for a worker, or else."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("WEFT_")} | dict(environ)
     command = [sys.executable, "-m", "lab.bare", *flags]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ) as child:
         try:

@@ -250,7 +250,12 @@ class WorkerSettings:
         "", "Folder of the smaller model that guesses, with the same tokenizer; for `tales-6m` `tales-1m` if empty."
     )
     prefix_cache: bool = setting(True, "Keep and reuse the KV blocks of finished requests; false to measure without.")
-    kv_offload: bool = setting(True, "Send full blocks to the cache service; false where no prompts come back.")
+    kv_offload: str = setting(
+        "auto",
+        "When full blocks are sent to the cache service: at once (always), while nothing runs (idle), or never, where "
+        "no prompts come back; auto is idle on a CPU, which has to send them itself, and always on a GPU.",
+        choices=("auto", "always", "idle", "never"),
+    )
     kv_load: str = setting(
         "auto",
         "Load blocks from the cache service: when that looks faster than computing them, always, or never.",

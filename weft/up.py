@@ -48,7 +48,7 @@ _MODULES: Final[Mapping[Role, str]] = {
     "cache": "cache_svc",
 }
 # What a worker's libraries read at their start, unless the user says otherwise (the Dockerfile has the same).
-_WORKER_ENVIRON: Final[Mapping[str, str]] = {
+WORKER_ENVIRON: Final[Mapping[str, str]] = {
     # Threads that wait for others spin for a quarter of a millisecond and not for several, which could be those that
     # the others need on the same core: with other work on two cores a step took 30 to 700 ms, and 21 ms so.
     "GOMP_SPINCOUNT": "20000",
@@ -102,7 +102,7 @@ def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, envi
         if own_nats:
             mine |= {"WEFT_NATS_USER": role, "WEFT_NATS_PASSWORD": passwords[role]}
         if role == "worker":
-            mine |= {name: value for name, value in _WORKER_ENVIRON.items() if name not in environ}
+            mine |= {name: value for name, value in WORKER_ENVIRON.items() if name not in environ}
             mine |= _share_of_machine(settings, number, environ)
         argv = (sys.executable, "-P", "-m", _MODULES[role])
         specs.append(ChildSpec(instance, role, argv, {**base, "PYTHONUNBUFFERED": "1", **mine}))

@@ -16,6 +16,8 @@ from typing import Final
 from weft.hashing import BLOCK_SIZE
 from worker_svc.step_input import StepInput
 
+# Rows of a sequence so few that it costs less to hide each other's keys from them than to see those in another run.
+MAX_FEW_ROWS: Final = 16
 # Blocks that sequences must share to attend to them together.
 MIN_SHARED_BLOCKS: Final = 8
 
@@ -29,7 +31,7 @@ class Part:
     first_slot: int
     num_keys: int
     column: int  # of its first key among the unit's scores
-    is_causal: bool = False  # row i sees keys up to the i-th; as many keys as rows
+    is_causal: bool = False  # the last row sees all keys, and each row one more than the one before it
     edge: int | None = None  # row i sees keys from `i + edge` on
 
 
@@ -142,9 +144,10 @@ def _cut(part: Part, first_row: int, last_row: int) -> Iterator[Part]:
         edge = None if part.edge is None else part.edge + skipped
         yield replace(part, first_row=row, num_rows=num_rows, edge=edge)
         return
-    if skipped:
-        yield Part(row, num_rows, part.first_slot, skipped, part.column)
-    yield Part(row, num_rows, part.first_slot + skipped, num_rows, part.column + skipped, is_causal=True)
+    seen = skipped + part.num_keys - part.num_rows
+    if seen:
+        yield Part(row, num_rows, part.first_slot, seen, part.column)
+    yield Part(row, num_rows, part.first_slot + seen, num_rows, part.column + seen, is_causal=True)
 
 
 def _chunks(start: int, stop: int, window: int | None) -> Iterator[tuple[int, int]]:
@@ -165,8 +168,16 @@ def _see(row: int, table: Sequence[int], first: int, last: int, shared: int, win
         # The others see none of these.
         yield Part(row, min(num_rows, count - edge), slot, count, column, edge=edge)
         column += count
-    # A single query is the last key it sees.
+    # A single query is the last key it sees, and a few are the last keys of their run.
     own = last if num_rows == 1 else first
+    if 1 < num_rows <= MAX_FEW_ROWS:
+        position, slot, count = _runs(table, seen_by_all, last)[-1]
+        if position < first:
+            for part in _whole(row, num_rows, table, seen_by_all, position, column):
+                yield part
+                column += part.num_keys
+            yield Part(row, num_rows, slot, count, column, is_causal=True)
+            return
     for part in _whole(row, num_rows, table, seen_by_all, own, column):
         yield part
         column += part.num_keys

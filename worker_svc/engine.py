@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
@@ -55,12 +55,15 @@ from worker_svc.engine_io import (
 )
 from worker_svc.kv_exchange import KvExchange
 from worker_svc.runner import ModelRunner
-from worker_svc.sampler import Logprobs, Samples
+from worker_svc.sampler import Logprobs, Sampler, Samples
 from worker_svc.sequence import Request, Sequence, State, make_sequences
 from worker_svc.speculation.speculation import Emitted, Speculation, StepOutcome, standing
 from worker_svc.step_input import make_step_input
 from worker_svc.stopwatch import Stopwatch
 from worker_svc.stopwatch import start as start_stopwatch
+
+if TYPE_CHECKING:
+    from worker_svc.device_sampler import DeviceSampler
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +125,7 @@ class Engine:
         eos_token_ids: Iterable[int],
         load: EngineLoad | None = None,
         overlaps: bool = False,
+        sampler: Sampler | DeviceSampler | None = None,
         speculation: Speculation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -131,13 +135,15 @@ class Engine:
             digest: what `model_folder.digest` says; names the model in block hashes.
             load: numbers to keep up to date.
             overlaps: keep a step in flight while the next is planned.
+            sampler: the runner's, if others ask it as well.
             speculation: drafts tokens.
             clock: monotonic seconds.
         """
         self.pool = BlockPool(runner.num_blocks)
-        self.exchange = KvExchange(
-            self.pool, kv_load=settings.kv_load, kv_offload=settings.kv_offload, block_bytes=runner.block_bytes
-        )
+        when = settings.kv_offload
+        if when == "auto":
+            when = "idle" if runner.device.type == "cpu" else "always"
+        self.exchange = KvExchange(self.pool, kv_load=settings.kv_load, kv_offload=when, block_bytes=runner.block_bytes)
         self.load = EngineLoad() if load is None else load
         self.load.num_blocks = self.load.num_free_blocks = runner.num_blocks
         self.load.cached_hashes = self.pool.hashes if settings.prefix_cache else list
@@ -149,7 +155,7 @@ class Engine:
         self._limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.batching)
         self._prefix_cache = settings.prefix_cache
         self._runner = runner
-        self._sampler = runner.make_sampler()
+        self._sampler = runner.make_sampler() if sampler is None else sampler
         self._digest = digest
         self._eos_token_ids = frozenset(eos_token_ids)
         self._overlaps = overlaps
@@ -303,6 +309,8 @@ class Engine:
         for sequence in plan.admitted:
             self._start(sequence)
             self._offer(sequence.hashes[: sequence.num_committed_blocks])
+        for sequence in plan.preempted:
+            self._forget(sequence)
         for sequence, error in plan.rejected:
             self._fail(sequence, sequence.num_known_tokens, ErrorInfo.of(error))
         self.load.num_preemptions += len(plan.preempted)
@@ -312,13 +320,17 @@ class Engine:
         speculation, sequences = self._speculation, list(plan.num_scheduled_tokens)
         if speculation is None or not sequences or not plan.is_decode or any(s.num_pending_tokens for s in sequences):
             return {}
-        rooms = [sequence.end_length - len(sequence.token_ids) - 1 for sequence in sequences]
+        rooms = [
+            make_room(
+                sequence,
+                min(speculation.max_length, sequence.end_length - len(sequence.token_ids) - 1),
+                self.pool,
+                len(self.running),
+            )
+            for sequence in sequences
+        ]
         drafts = speculation.draft(sequences, rooms, self._limits.max_num_batched_tokens - len(sequences))
-        return {
-            sequence: draft[: make_room(sequence, len(draft), self.pool, len(self.running))]
-            for sequence, draft in zip(sequences, drafts, strict=True)
-            if draft
-        }
+        return {sequence: draft for sequence, draft in zip(sequences, drafts, strict=True) if draft}
 
     def _launch(self, plan: StepPlan, drafts: dict[Sequence, Ordered[int]], began: float) -> _Flight | None:
         """Hand the step to the device, and count as computed what it will have computed."""
@@ -468,7 +480,7 @@ class Engine:
     def _emit(self) -> StepOutput | None:
         out, self._out = self._out, _Outbox()
         stored, removed = self.pool.take_changes()
-        offloads = self.exchange.next_offloads()
+        offloads = self.exchange.next_offloads(is_idle=not (self.running or self.waiting))
         data = self._runner.read_blocks([block_id for _, block_id in offloads]) if offloads else []
         if not self._prefix_cache:
             stored = removed = ()
@@ -521,10 +533,14 @@ class Engine:
             self.waiting.remove(sequence)
         self.pool.free(sequence.release())
         sequence.state = State.FINISHED
-        if self._speculation is not None:
-            self._speculation.forget(sequence)
+        self._forget(sequence)
         request = sequence.request
         request.live.remove(sequence)
         if not request.live:
             del self._requests[request.request_id]
             self._out.ended.append((request.request_id, request.epoch))
+
+    def _forget(self, sequence: Sequence) -> None:
+        """What the drafter holds of a sequence that has no blocks any more."""
+        if self._speculation is not None:
+            self._speculation.forget(sequence)

@@ -38,7 +38,8 @@ class KvExchange:
     `is_available`, `load_bytes_per_s` and `prefill_tokens_per_s` are told from outside; a rate of 0 is not known yet.
     """
 
-    def __init__(self, pool: BlockPool, *, kv_load: str, kv_offload: bool, block_bytes: int) -> None:
+    def __init__(self, pool: BlockPool, *, kv_load: str, kv_offload: str, block_bytes: int) -> None:
+        """`kv_load`, `kv_offload`: as the settings say, but `kv_offload` is not "auto"."""
         self.is_available = False
         self.load_bytes_per_s = 0.0
         self.prefill_tokens_per_s = 0.0
@@ -124,15 +125,21 @@ class KvExchange:
 
     def offer(self, block_hash: BlockHash) -> None:
         """A block has been filled: queue it for the cache service, unless it was offered before."""
-        if not (self.is_available and self._kv_offload) or block_hash in self._offered:
+        if not self.is_available or self._kv_offload == "never" or block_hash in self._offered:
             return
         if len(self._queue) < MAX_OFFLOADS_QUEUED:
             self._queue[block_hash] = None
             self._remember(block_hash)
 
-    def next_offloads(self) -> list[tuple[BlockHash, int]]:
-        """The next few (hash, block id) to read, without those that were evicted meanwhile."""
+    def next_offloads(self, is_idle: bool) -> list[tuple[BlockHash, int]]:
+        """The next few (hash, block id) to read, without those that were evicted meanwhile.
+
+        A CPU that computes reads and sends blocks at the cost of its steps: with blocks sent at once, 16 streams of a
+        125M-parameter model got 147 tokens/s where they get 227 (two cores of an AMD EPYC, 2026).
+        """
         found: list[tuple[BlockHash, int]] = []
+        if self._kv_offload == "idle" and not is_idle:
+            return found
         while self._queue and len(found) < MAX_OFFLOADS_PER_STEP:
             block_hash, _ = self._queue.popitem(last=False)
             block_id = self._pool.block_of(block_hash)

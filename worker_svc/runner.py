@@ -81,6 +81,7 @@ class Runner:
         threads: int,
         kernels: str = "auto",
         quantize: str = "none",
+        more_block_bytes: int = 0,
         on_progress: Callable[[float], None] = lambda share: None,
         group: Group = ALONE,
         agree: Callable[[int], int] = lambda num_blocks: num_blocks,
@@ -95,6 +96,7 @@ class Runner:
             threads: of the CPU for a large step; 0 leaves the mesh its share.
             kernels: "torch" or "triton"; "auto" is Triton on a GPU.
             quantize: "int8", "int4" or "fp8", which float weights of linears become, or "none".
+            more_block_bytes: that another model needs for each block, out of the same memory.
             on_progress: called with the share of the weights loaded so far.
             group: whose rank this is; it has a share of the model, of every block, and of memory and threads.
             agree: given the blocks that this rank has room for, returns how many all ranks have.
@@ -121,17 +123,14 @@ class Runner:
         self.block_bytes = spec.num_layers * BLOCK_SIZE * self._key_bytes
         request_bytes = -(-folder.max_model_len // BLOCK_SIZE) * self.block_bytes
         budget = kv_bytes(kv_memory, free_bytes(self.device), request_bytes, self.device, group.size)
-        self.num_blocks = agree(count_blocks(budget, self.block_bytes))
-        self.max_model_len = min(folder.max_model_len, self.num_blocks * BLOCK_SIZE)
+        self.num_blocks = agree(count_blocks(budget, self.block_bytes + more_block_bytes))
+        self._longest = folder.max_model_len
         self.layout = (
             f"weft kv 1: {str(self._dtype).removeprefix('torch.')}, quantize {quantize}, {spec.num_layers} layers, "
             f"{cache.content}, {spec.cache.num_heads} heads, {BLOCK_SIZE} slots of {cache.width}"
         ).encode()
-        self._kv_cache = torch.zeros(
-            (spec.num_layers, cache.num_heads, self.num_blocks * BLOCK_SIZE, cache.width),
-            dtype=self._dtype,
-            device=self.device,
-        )
+        self._cache_shape = (spec.num_layers, cache.num_heads, cache.width)
+        self.resize(self.num_blocks)
         num_weights = sum(rows * columns for rows, columns in asked.linears.values()) // group.size
         self._threads = Threads(max_threads, num_weights, self.block_bytes // (BLOCK_SIZE * self._dtype.itemsize))
         self._graphs = self._make_graphs()
@@ -145,6 +144,15 @@ class Runner:
                 "kv_tokens": self.num_blocks * BLOCK_SIZE,
                 "max_model_len": self.max_model_len,
             },
+        )
+
+    def resize(self, num_blocks: int) -> None:
+        """Have another number of blocks, all of them empty."""
+        num_layers, num_heads, width = self._cache_shape
+        self.num_blocks = num_blocks
+        self.max_model_len = min(self._longest, num_blocks * BLOCK_SIZE)
+        self._kv_cache = torch.zeros(
+            (num_layers, num_heads, num_blocks * BLOCK_SIZE, width), dtype=self._dtype, device=self.device
         )
 
     @torch.inference_mode()

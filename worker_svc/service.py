@@ -132,7 +132,7 @@ class WorkerService:
 
     async def _start_kv(self, engine: EngineThread) -> None:
         """Without a transfer the engine is never told of a cache service, and so neither offloads nor loads."""
-        if engine.block_bytes and (self._settings.kv_offload or self._settings.kv_load != "never"):
+        if engine.block_bytes and (self._settings.kv_offload != "never" or self._settings.kv_load != "never"):
             bus = Bus(self._settings.mesh, "worker", f"{self._instance}-kv")
             self._kv = KvTransfer(bus, engine)
             await self._kv.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import threading
@@ -10,11 +11,14 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
 from weft import model_folder
+from weft.errors import SettingsError
 from weft.hashing import BLOCK_SIZE
-from weft.model_folder import ModelFolder
+from weft.model_folder import BUNDLED, ModelFolder
 from weft.settings import WorkerSettings
+from worker_svc.draft_model import DraftModel, Foresight
 from worker_svc.engine import Engine
 from worker_svc.engine_io import Command, EngineLoad, StepOutput
+from worker_svc.memory import MIN_BLOCKS
 from worker_svc.parallel.leader import ParallelRunner
 from worker_svc.runner import ModelRunner, Runner
 from worker_svc.speculation.prompt_lookup import PromptLookup
@@ -36,9 +40,14 @@ def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad 
     """
     load = EngineLoad() if load is None else load
     digest = model_folder.digest(folder)
-    runner = make_runner(folder, settings, load)
+    drafter = load_drafter(folder, settings) if settings.speculation == "draft" else None
+    runner = make_runner(folder, settings, load, 0 if drafter is None else drafter.block_bytes)
     warm_up(runner, settings.max_num_batched_tokens)
+    if drafter is not None:
+        drafter.resize(runner.num_blocks)
+        warm_up(drafter, settings.max_num_batched_tokens)
     overlaps = runner.device.type == "cuda"
+    sampler = runner.make_sampler()
     return Engine(
         runner,
         settings,
@@ -46,11 +55,14 @@ def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad 
         eos_token_ids=folder.eos_token_ids,
         load=load,
         overlaps=overlaps,
-        speculation=make_speculation(settings, overlaps),
+        sampler=sampler,
+        speculation=make_speculation(settings, drafter, sampler, overlaps),
     )
 
 
-def make_runner(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad) -> ModelRunner:
+def make_runner(
+    folder: ModelFolder, settings: WorkerSettings, load: EngineLoad, more_block_bytes: int = 0
+) -> ModelRunner:
     """The model on as many devices as the settings say; `load` hears how far it is, and of a rank that is lost."""
 
     def on_progress(share: float) -> None:
@@ -69,12 +81,59 @@ def make_runner(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad)
         threads=settings.threads,
         kernels=settings.kernels,
         quantize=settings.quantize,
+        more_block_bytes=more_block_bytes,
         on_progress=on_progress,
     )
 
 
-def make_speculation(settings: WorkerSettings, overlaps: bool) -> Speculation | None:
+def load_drafter(target: ModelFolder, settings: WorkerSettings) -> Runner:
+    """The draft model, with as few blocks as there can be: how many it needs is known when the target is loaded.
+
+    Raises:
+        SettingsError: there is none, or it does not go with the target.
+    """
+    if settings.tensor_parallel > 1:
+        raise SettingsError("speculation: draft works on one device, and tensor_parallel is more")
+    folder = find_draft_folder(target, settings)
+    return Runner(
+        folder,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_memory=settings.kv_memory,
+        threads=settings.threads,
+        kernels=settings.kernels,
+        agree=lambda num_blocks: MIN_BLOCKS,
+    )
+
+
+def find_draft_folder(target: ModelFolder, settings: WorkerSettings) -> ModelFolder:
+    """Raises SettingsError as `load_drafter`."""
+    name = settings.draft_model
+    if not name and target.path.resolve() == (BUNDLED / "tales-6m").resolve():
+        name = "tales-1m"
+    if not name:
+        raise SettingsError(f"draft_model: which model drafts for {target.name} must be said")
+    folder = model_folder.read(dataclasses.replace(settings.model, model=name, served_name="", max_model_len=0))
+    if folder.vocab_size != target.vocab_size:
+        raise SettingsError(
+            f"draft_model: {folder.name} has {folder.vocab_size} tokens and {target.name} {target.vocab_size}, so one "
+            "cannot draft for the other"
+        )
+    return folder
+
+
+def make_speculation(
+    settings: WorkerSettings, drafter: Runner | None, sampler: Foresight, overlaps: bool
+) -> Speculation | None:
     """What the settings say drafts tokens."""
+    if drafter is not None:
+        return DraftModel(
+            drafter,
+            sampler,
+            max_length=settings.speculation_tokens,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            overlaps=overlaps,
+        )
     if settings.speculation == "ngram":
         return PromptLookup(settings.speculation_tokens, overlaps=overlaps)
     return None

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 from worker_svc.speculation.acceptance import AcceptanceRates, Draft, SequenceAcceptance
 from worker_svc.speculation.length import DraftLength
-from worker_svc.speculation.ngram import NUM_GRADES, NgramIndex
+from worker_svc.speculation.ngram import FIRST_CHANCES, MAX_MATCH, NgramIndex
 
 MAX_DRAFTS = 256
 # Seconds of a step by its tokens, drafts included.
@@ -43,7 +43,7 @@ class Stream:
         count = min(count, len(self.text) - self.num_emitted - 1)
         if match is None or least is None:
             return []
-        return self.acceptance.chances([min(match.length + i, NUM_GRADES - 1) for i in range(count)], least)
+        return self.acceptance.chances([min(match.length + i, MAX_MATCH) for i in range(count)], least)
 
     def emit(self, draft: Draft, length: int) -> int:
         """Take the draft's first tokens as far as they are right, and one more. Returns how many that is."""
@@ -72,7 +72,7 @@ class Decoding:
     length: DraftLength = field(default_factory=DraftLength)
 
     def run(self) -> Decoding:
-        rates, rng = AcceptanceRates(NUM_GRADES), random.Random(self.seed)
+        rates, rng = AcceptanceRates(FIRST_CHANCES), random.Random(self.seed)
         streams = [Stream(text, NgramIndex(), SequenceAcceptance(rates)) for text in self.texts]
         for stream, prompt in zip(streams, self.prompts, strict=True):
             stream.index.extend(prompt)

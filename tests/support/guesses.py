@@ -17,6 +17,7 @@ class Guesses:
 
     def __init__(self, runner: TokenRunner, *, waits: bool = True, seed: int = 0) -> None:
         self.waits = waits
+        self.max_length = MAX_LENGTH
         self.outcomes: list[StepOutcome] = []
         self.forgotten: list[Sequence] = []
         self._runner = runner

@@ -40,7 +40,7 @@ def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def make_engine(runner: TokenRunner | None = None, **settings: object) -> tuple[Engine, TokenRunner]:
     runner = runner or TokenRunner()
-    chosen = make_settings(**{"max_num_batched_tokens": 64, **settings})
+    chosen = make_settings(**{"max_num_batched_tokens": 64, "kv_offload": "always", **settings})
     return Engine(runner, chosen, digest=DIGEST, eos_token_ids=(EOS,), clock=Clock(), **DEFAULTS), runner
 
 
@@ -413,8 +413,20 @@ def test_full_blocks_are_offered_once_each_when_a_cache_service_is_there() -> No
     assert offloads(run(engine, [add(prompt, "r2")])) == {}
 
 
+def test_engine_on_a_cpu_offers_blocks_when_nothing_runs() -> None:
+    engine, _ = make_engine(kv_offload="auto")
+    engine.exchange.set_available(True)
+    record = Record()
+    engine.step([add(prompt_of(40), sampling=greedy(20))])
+    while engine.running:
+        step(engine, [], record)
+        assert not offloads(record) or not engine.running
+    run(engine, record=record)
+    assert len(offloads(record)) == 3
+
+
 def test_offload_can_be_switched_off() -> None:
-    engine, _ = make_engine(kv_offload=False)
+    engine, _ = make_engine(kv_offload="never")
     engine.exchange.set_available(True)
     assert offloads(run(engine, [add(prompt_of(40))])) == {}
 
@@ -568,10 +580,16 @@ def test_unwritten_slots_are_never_read() -> None:
 def test_failure_of_the_thread_is_kept_for_the_service() -> None:
     engine, runner = make_engine()
     runner.forward = None  # type: ignore[assignment]  # a machine that fails
+
+    class Loaded(TorchEngine):
+        def _load(self) -> Engine:
+            return engine
+
     outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
-    thread = TorchEngine(make_folder(), make_settings())
+    thread = Loaded(make_folder(), make_settings())
     thread.submit(add(prompt_of(10)))
-    thread._run(engine, outputs.put)
+    thread.start(outputs.put)
+    thread.stop()
     assert isinstance(thread.load.failure, TypeError)
 
 

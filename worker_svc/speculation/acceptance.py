@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-# What is believed of a grade at first: half of its tokens are accepted, as if so many had been seen.
+# How much what is believed of a grade at first weighs: as if so many of its tokens had been seen.
 PRIOR_TRIALS: Final = 4.0
 # Weight of the past when one more token of a grade is counted: some fifty tokens are remembered.
 RATE_MEMORY: Final = 0.98
@@ -41,10 +41,11 @@ class AcceptanceRates:
 
     __slots__ = ("_accepted", "_trials", "odds")
 
-    def __init__(self, num_grades: int) -> None:
-        self._accepted = [PRIOR_TRIALS / 2] * num_grades
-        self._trials = [PRIOR_TRIALS] * num_grades
-        self.odds = [1.0] * num_grades
+    def __init__(self, chances: Sequence[float]) -> None:
+        """`chances`: what is believed of each grade at first."""
+        self._accepted = [PRIOR_TRIALS * chance for chance in chances]
+        self._trials = [PRIOR_TRIALS] * len(chances)
+        self.odds = [chance / (1 - chance) for chance in chances]
 
     def observe(self, grade: int, is_accepted: bool) -> None:
         accepted = RATE_MEMORY * self._accepted[grade] + is_accepted

@@ -134,9 +134,13 @@ def shares(token_costs: list[float], num_sequences: int, max_drafts: int) -> lis
 
 
 def _key(num_sequences: int, num_context: int) -> _Key:
-    """Up to sixteen each number of sequences is a class, then eight to a doubling; of context one to a doubling."""
-    size = num_sequences if num_sequences <= 16 else 16 + round(8 * math.log2(num_sequences / 16))
-    return size, num_context.bit_length()
+    """By sequences, and of context one class to a doubling."""
+    return _size_class(num_sequences), num_context.bit_length()
+
+
+def _size_class(count: int) -> int:
+    """Each number up to sixteen is a class of its own, then eight to a doubling."""
+    return count if count <= 16 else 16 + round(8 * math.log2(count / 16))
 
 
 def _draft_class(num_drafts: int) -> int:

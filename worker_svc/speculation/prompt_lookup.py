@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
 from typing import Final
 
 from worker_svc.sequence import Sequence
-from worker_svc.speculation.acceptance import NO_DRAFT, AcceptanceRates, Draft, SequenceAcceptance
+from worker_svc.speculation.acceptance import NO_DRAFT, AcceptanceRates, SequenceAcceptance
 from worker_svc.speculation.length import DraftLength
-from worker_svc.speculation.ngram import MAX_MATCH, NUM_GRADES, NgramIndex
-from worker_svc.speculation.speculation import StepOutcome
+from worker_svc.speculation.ngram import FIRST_CHANCES, MAX_MATCH, NgramIndex
+from worker_svc.speculation.speculation import Patience, StepOutcome
 
 # Tokens of a sequence that are indexed at a time, about 2 ms: a prompt that is cached comes all at once.
 MAX_INDEXED: Final = 4096
-# Steps in a row without a draft after which no device needs to stand idle for the sake of the next.
-PATIENCE: Final = 8
 
 
-@dataclass(slots=True)
-class _Stream:
-    """What is known of one sequence."""
+class LookupStream:
+    """Prompt lookup for one sequence."""
 
-    index: NgramIndex
-    acceptance: SequenceAcceptance
-    foreseen: Draft = NO_DRAFT  # what comes after the tokens of the index, whether it is computed or not
+    __slots__ = ("_acceptance", "_index", "foreseen")
+
+    def __init__(self, rates: AcceptanceRates) -> None:
+        """`rates`: of all sequences, by grades of `ngram`."""
+        self.foreseen = NO_DRAFT  # what comes after the sequence's tokens, whether it is computed or not
+        self._index = NgramIndex()
+        self._acceptance = SequenceAcceptance(rates)
 
     def follow(self, sequence: Sequence) -> None:
-        start, end = len(self.index), sequence.num_known_tokens
+        """Take in tokens that are new."""
+        start, end = len(self._index), sequence.num_known_tokens
         if start < end:
-            self.index.extend(sequence.token_ids[start : min(start + MAX_INDEXED, end)])
+            self._index.extend(sequence.token_ids[start : min(start + MAX_INDEXED, end)])
 
     def foresee(self, sequence: Sequence, count: int, least: float | None) -> list[float]:
-        """Foresee the tokens that are worth it, up to `count`, and at least one to learn from. Returns: chances."""
+        """Foresee the tokens that are worth it, `count` at most, and at least one to learn from.
+
+        Args:
+            least: chance of a token that is worth it; None if none is.
+
+        Returns:
+            The chances of those that are worth it. Mutates: `foreseen`.
+        """
         self.foreseen = NO_DRAFT
         self.follow(sequence)
-        is_complete = len(self.index) == sequence.num_known_tokens
-        match = self.index.find() if is_complete else None
+        is_complete = len(self._index) == sequence.num_known_tokens
+        match = self._index.find() if is_complete else None
         if match is None:
             return []
         grades = (min(match.length + i, MAX_MATCH) for i in range(count))
-        chances = [] if least is None else self.acceptance.chances(grades, least)
-        self.foreseen = self.index.propose(max(len(chances), 1))
+        chances = [] if least is None else self._acceptance.chances(grades, least)
+        self.foreseen = self._index.propose(max(len(chances), 1))
         return chances
+
+    def observe(self, token_ids: list[int]) -> None:
+        """Learn from the tokens that came."""
+        self._acceptance.observe(self.foreseen, token_ids)
+        self.foreseen = NO_DRAFT
 
 
 class PromptLookup:
@@ -55,20 +68,19 @@ class PromptLookup:
             max_length: of a draft, in tokens.
             overlaps: whether a step is planned before the tokens of the one before are known, unless this one `waits`.
         """
-        self._max_length = max_length
-        self._overlaps = overlaps
-        self._rates = AcceptanceRates(NUM_GRADES)
+        self.max_length = max_length
+        self._rates = AcceptanceRates(FIRST_CHANCES)
         self._length = DraftLength()
-        self._streams: dict[Sequence, _Stream] = {}
-        self._num_idle_steps = PATIENCE  # in a row
+        self._patience = Patience(overlaps)
+        self._streams: dict[Sequence, LookupStream] = {}
 
     @property
     def waits(self) -> bool:
-        return not self._overlaps or self._num_idle_steps < PATIENCE
+        return self._patience.waits
 
     def draft(self, sequences: Ordered[Sequence], rooms: Ordered[int], max_drafts: int) -> list[Ordered[int]]:
         lengths = self._choose(sequences, rooms, max_drafts)
-        self._num_idle_steps = 0 if any(lengths) else self._num_idle_steps + 1
+        self._patience.note(any(lengths))
         return [
             self._streams[sequence].foreseen.token_ids[:length]
             for sequence, length in zip(sequences, lengths, strict=True)
@@ -78,9 +90,7 @@ class PromptLookup:
         for sequence in outcome.sequences:
             self._stream(sequence).follow(sequence)
         for emitted in outcome.emitted:
-            stream = self._stream(emitted.sequence)
-            stream.acceptance.observe(stream.foreseen, emitted.token_ids)
-            stream.foreseen = NO_DRAFT
+            self._stream(emitted.sequence).observe(emitted.token_ids)
         if not outcome.is_decode:
             return
         self._length.observe(
@@ -89,7 +99,7 @@ class PromptLookup:
             sum(emitted.num_drafts for emitted in outcome.emitted),
             sum(len(emitted.token_ids) for emitted in outcome.emitted),
             outcome.seconds,
-            is_held_up=self._overlaps and self.waits,
+            is_held_up=self._patience.is_held_up,
         )
         if not self.waits:
             self._reconsider([emitted.sequence for emitted in outcome.emitted])
@@ -99,20 +109,21 @@ class PromptLookup:
 
     def _reconsider(self, sequences: list[Sequence]) -> None:
         """Wait from now on, if there would be a draft now."""
-        if any(self._choose(sequences, [self._max_length] * len(sequences), self._max_length * len(sequences))):
-            self._num_idle_steps = 0
+        rooms = [self.max_length] * len(sequences)
+        if any(self._choose(sequences, rooms, sum(rooms))):
+            self._patience.note(True)
 
     def _choose(self, sequences: Ordered[Sequence], rooms: Ordered[int], max_drafts: int) -> list[int]:
         num_context = sum(sequence.num_known_tokens for sequence in sequences)
         least = self._length.least_chance(len(sequences), num_context, max_drafts)
         chances = [
-            self._stream(sequence).foresee(sequence, min(room, self._max_length), least)
+            self._stream(sequence).foresee(sequence, min(room, self.max_length), least)
             for sequence, room in zip(sequences, rooms, strict=True)
         ]
         return self._length.choose(chances, num_context, max_drafts)
 
-    def _stream(self, sequence: Sequence) -> _Stream:
+    def _stream(self, sequence: Sequence) -> LookupStream:
         stream = self._streams.get(sequence)
         if stream is None:
-            stream = self._streams[sequence] = _Stream(NgramIndex(), SequenceAcceptance(self._rates))
+            stream = self._streams[sequence] = LookupStream(self._rates)
         return stream

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from worker_svc.sequence import Sequence
+
+# Steps in a row without a draft after which the device stands idle no more, and steps until that is tried again.
+PATIENCE: Final = 8
+RETRY_INTERVAL: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,9 @@ class StepOutcome:
 class Speculation(Protocol):
     """Drafts for the sequences of an engine."""
 
+    # Of a draft, in tokens.
+    max_length: int
+
     @property
     def waits(self) -> bool:
         """Whether the next step is to be planned only when the tokens of the one before are known."""
@@ -54,7 +61,36 @@ class Speculation(Protocol):
         """Learn what came of a step, drafted for or not. Called for every step."""
 
     def forget(self, sequence: Sequence) -> None:
-        """A sequence has ended."""
+        """A sequence has ended, or given its blocks back."""
+
+
+class Patience:
+    """Whether a device that computes beside the host stands idle until tokens are known, for the sake of drafts."""
+
+    def __init__(self, overlaps: bool) -> None:
+        """`overlaps`: the device does compute beside the host. Otherwise tokens are known in any case."""
+        self._overlaps = overlaps
+        self._num_idle_steps = PATIENCE  # in a row
+
+    @property
+    def waits(self) -> bool:
+        return not self._overlaps or self._num_idle_steps < PATIENCE
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether steps take longer than they would if nobody waited."""
+        return self._overlaps and self.waits
+
+    def note(self, has_drafts: bool) -> None:
+        """A step was waited for, and had drafts or had not; or it would have had some."""
+        self._num_idle_steps = 0 if has_drafts else self._num_idle_steps + 1
+
+    def pass_by(self) -> None:
+        """A step has passed, waited for or not: now and then it is time to try again."""
+        if not self.waits:
+            self._num_idle_steps += 1
+            if self._num_idle_steps >= RETRY_INTERVAL:
+                self._num_idle_steps = 0
 
 
 def standing(draft: Ordered[int], sampled: Ordered[int]) -> int:

@@ -27,16 +27,16 @@ def see(sequence: SequenceAcceptance, share: float, count: int, grade: int = 0, 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_chance_is_the_share_that_was_accepted(share: float) -> None:
-    rates = AcceptanceRates(2)
+    rates = AcceptanceRates([0.5] * 2)
     for i in range(20):
         see(SequenceAcceptance(rates), share, 25, grade=1, seed=i)
     # Fifty remembered tokens are off by 0.07 (one standard deviation) at worst.
     assert abs(chance(SequenceAcceptance(rates), 1) - share) < 0.25
-    assert chance(SequenceAcceptance(rates), 0) == 0.5, "of a grade that nobody saw nothing is known"
+    assert chance(SequenceAcceptance(rates), 0) == 0.5, "of a grade that nobody saw nothing else is believed"
 
 
 def test_text_that_changes_is_noticed_within_a_few_tokens() -> None:
-    rates = AcceptanceRates(1)
+    rates = AcceptanceRates([0.5] * 1)
     sequence = SequenceAcceptance(rates)
     see(sequence, 0.0, 100)
     assert chance(sequence) < 0.1
@@ -45,7 +45,7 @@ def test_text_that_changes_is_noticed_within_a_few_tokens() -> None:
 
 
 def test_sequence_that_copies_does_not_make_another_look_as_if_it_did() -> None:
-    rates = AcceptanceRates(1)
+    rates = AcceptanceRates([0.5] * 1)
     copying, other = SequenceAcceptance(rates), SequenceAcceptance(rates)
     for _ in range(200):
         see(copying, 1.0, 1)
@@ -55,7 +55,7 @@ def test_sequence_that_copies_does_not_make_another_look_as_if_it_did() -> None:
 
 @given(st.lists(st.booleans(), max_size=60), st.lists(st.integers(0, 3), max_size=12), st.floats(0.01, 1))
 def test_chances_fall_and_end_at_the_least(seen: list[bool], grades: list[int], least: float) -> None:
-    sequence = SequenceAcceptance(AcceptanceRates(4))
+    sequence = SequenceAcceptance(AcceptanceRates([0.5] * 4))
     for i, is_right in enumerate(seen):
         sequence.observe(draft_of([i % 4]), [0 if is_right else 1])
     chances, all_chances = sequence.chances(grades, least), sequence.chances(grades, 1e-300)
@@ -65,7 +65,7 @@ def test_chances_fall_and_end_at_the_least(seen: list[bool], grades: list[int], 
 
 
 def test_tokens_after_the_first_wrong_one_say_nothing() -> None:
-    one, other = SequenceAcceptance(AcceptanceRates(3)), SequenceAcceptance(AcceptanceRates(3))
+    one, other = SequenceAcceptance(AcceptanceRates([0.5] * 3)), SequenceAcceptance(AcceptanceRates([0.5] * 3))
     one.observe(Draft([5, 6, 7], [0, 1, 2]), [5, 9, 7])
     other.observe(Draft([5, 6], [0, 1]), [5, 9])
     assert one.chances([0, 1, 2], LEAST) == other.chances([0, 1, 2], LEAST)
@@ -73,6 +73,6 @@ def test_tokens_after_the_first_wrong_one_say_nothing() -> None:
 
 
 def test_tokens_beyond_those_that_came_say_nothing() -> None:
-    sequence = SequenceAcceptance(AcceptanceRates(1))
+    sequence = SequenceAcceptance(AcceptanceRates([0.5] * 1))
     sequence.observe(draft_of([0, 0, 0]), [])
     assert chance(sequence) == 0.5
