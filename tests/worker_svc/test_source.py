@@ -72,8 +72,8 @@ def test_quantized_folder_computes_what_its_weights_mean(
 ) -> None:
     folder = write_quantized(tmp_path, dict(config), encode)
     # A CPU rounds weights and activations to int8, row by row, which costs 1 % a linear; wrong rows, columns or scales
-    # cost 100 %.
-    assert difference(logits(folder), logits(folder / "floats")) < 0.1
+    # cost 100 %. How errors add up depends on the random weights: 3 to 11 % were seen.
+    assert difference(logits(folder), logits(folder / "floats")) < 0.3
 
 
 def test_parts_that_were_quantized_in_different_ways_stand_side_by_side(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_parts_that_were_quantized_in_different_ways_stand_side_by_side(tmp_path
     int8 = {"targets": [r"re:.*\.[kv]_proj"], "weights": {"strategy": "channel"}, "format": "int-quantized"}
     config = compressed("pack-quantized") | {"config_groups": {"a": packed, "b": int8}}
     folder = write_quantized(tmp_path, config, encode_mixed)
-    assert difference(logits(folder), logits(folder / "floats")) < 0.1
+    assert difference(logits(folder), logits(folder / "floats")) < 0.3
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
