@@ -21,6 +21,7 @@ from lab.engine.models import SMALL, folder
 from lab.report import Figure, median_figure, say
 from weft import model_folder
 from weft.columns import pack_u32
+from weft.hashing import block_hashes, chain_root
 from weft.messages import Choice, SamplingParams, TokenizedRequest
 from weft.model_folder import BUNDLED, ModelFolder
 from weft.settings import MeshSettings, ModelSettings, WorkerSettings
@@ -34,6 +35,7 @@ from worker_svc.torch_engine import load_drafter, make_speculation
 ROUNDS: Final = 5
 NUM_TOKENS: Final = 250
 MAX_LENGTH: Final = 8
+ROOT: Final = chain_root(b"")
 NOUNS: Final = (
     "fox",
     "king",
@@ -136,7 +138,7 @@ class Bench:
                         "lab",
                         self._model.name,
                         pack_u32(prompt),
-                        b"",
+                        b"".join(block_hashes(ROOT, pack_u32(prompt))),
                         job.sampling,
                         [Choice(slot=slot, seed=slot)],
                     )
