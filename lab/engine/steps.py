@@ -77,7 +77,7 @@ def types() -> list[Figure]:
     return figures
 
 
-_DUMMY: Final = ("--load-format", "dummy", "--kv-offload", "false")
+_DUMMY: Final = ("--load-format", "dummy", "--kv-offload", "never")
 
 
 @contextmanager
