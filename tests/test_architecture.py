@@ -20,7 +20,7 @@ ALLOWED = {
     "gateway": {"msgspec", "aiohttp", "tokenizers", "prometheus_client"},
     "tokenizer_svc": {"msgspec", "tokenizers", "jinja2", "transformers"},
     "scheduler_svc": {"msgspec"},
-    "worker_svc": {"msgspec", "numpy", "torch", "triton", "safetensors", "transformers"},
+    "worker_svc": {"llvmlite", "msgspec", "numba", "numpy", "safetensors", "torch", "transformers", "triton"},
     "cache_svc": {"msgspec", "msgpack", "numpy"},
 }  # fmt: skip
 PURE = [

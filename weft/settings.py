@@ -203,8 +203,8 @@ class WorkerSettings:
     )
     kernels: str = setting(
         "auto",
-        "What computes: Triton kernels on a GPU, or plain torch, to compare with.",
-        choices=("auto", "torch", "triton"),
+        "What computes: kernels in Triton on a GPU, in numba on a CPU, or plain torch, to compare with.",
+        choices=("auto", "torch", "numba", "triton"),
     )
     threads: int = setting(
         0,

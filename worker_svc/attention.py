@@ -26,12 +26,16 @@ MAX_SCORE_BYTES: Final = 2 * 2**20
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-def attend(q: torch.Tensor, kv: torch.Tensor, units: Sequence[Unit], kind: AttentionKind) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, kv: torch.Tensor, units: Sequence[Unit], kind: AttentionKind, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """softmax(cap(q k^T * scale)) v over what each row sees.
 
     Args:
-        q: [T, H, D]; the units' rows one after the other.
+        q: [T, H, D].
         kv: [heads, N * S, D]; one layer's cache, the step's own tokens already in it.
+        units: of all rows, or with `out` of some.
+        out: [T, H * Dv] to put the units' rows into.
 
     Returns:
         [T, H * Dv].
@@ -42,7 +46,8 @@ def attend(q: torch.Tensor, kv: torch.Tensor, units: Sequence[Unit], kind: Atten
     # The heads that share a KV head are as good as queries of one head that see the same keys.
     grouped = q.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scaled = grouped * _number(kind.softmax_scale, q.dtype, q.device)
-    out = q.new_empty(*scaled.shape[:3], cache.values.shape[-1])
+    shape = (*scaled.shape[:3], cache.values.shape[-1])
+    out = q.new_empty(shape) if out is None else out.view(shape)
     for unit in units:
         if unit.num_rows == 1 and len(unit.parts) == 1 and q.dtype == torch.float32:
             _attend_one(scaled[unit.first_row], cache, unit.parts[0], kind.soft_cap, out[unit.first_row])

@@ -15,8 +15,11 @@ import torch
 from weft.errors import DecodeError, SettingsError
 from weft.hashing import BLOCK_SIZE
 from weft.model_folder import ModelFolder
-from worker_svc.backends.backend import Backend
+from worker_svc.backends.backend import Backend, Batch
+from worker_svc.backends.numba_backend import NumbaBackend
+from worker_svc.backends.recorded_steps import RecordedSteps
 from worker_svc.backends.torch_backend import TorchBackend
+from worker_svc.cpu_kernels.launch import IS_AVAILABLE
 from worker_svc.memory import count_blocks, free_bytes, kv_bytes
 from worker_svc.models import read_spec
 from worker_svc.models.decoder import Decoder, asked_by
@@ -29,13 +32,14 @@ from worker_svc.step_input import StepInput
 from worker_svc.threads import Threads, resolve_threads
 
 if TYPE_CHECKING:
-    from worker_svc.backends.cuda_graphs import CudaGraphs
     from worker_svc.device_sampler import DeviceSampler
 
 log = logging.getLogger(__name__)
 
 # What torch would use by itself: the cores that this process may use. Read before anyone changes it.
 DEFAULT_THREADS: Final = torch.get_num_threads()
+# Rows that a decode step is recorded for; larger ones have enough to do.
+MAX_RECORDED_ROWS: Final = 64
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,6 +70,13 @@ class ModelRunner(Protocol):
 
     def close(self) -> None:
         """End other processes that compute along, if there are any. Nothing can be computed afterwards."""
+
+
+class KnownSteps(Protocol):
+    """Steps that were prepared."""
+
+    def replay(self, step: StepInput, last_tokens: torch.Tensor | None) -> torch.Tensor | None:
+        """Compute the step. Returns: logits [B, V], which the next replay overwrites; None if it is not known."""
 
 
 class Runner:
@@ -104,6 +115,7 @@ class Runner:
         Raises:
             SettingsError: names what in the folder or the settings does not work.
         """
+        self._group = group
         self.device = resolve_device(device, group.rank if group.size > 1 else None)
         dtype, quantize = resolve_quantize(dtype, quantize)
         self._dtype = resolve_dtype(dtype, folder, self.device)
@@ -133,7 +145,6 @@ class Runner:
         self.resize(self.num_blocks)
         num_weights = sum(rows * columns for rows, columns in asked.linears.values()) // group.size
         self._threads = Threads(max_threads, num_weights, self.block_bytes // (BLOCK_SIZE * self._dtype.itemsize))
-        self._graphs = self._make_graphs()
         log.info(
             "model loaded",
             extra={
@@ -154,6 +165,7 @@ class Runner:
         self._kv_cache = torch.zeros(
             (num_layers, num_heads, num_blocks * BLOCK_SIZE, width), dtype=self._dtype, device=self.device
         )
+        self._known_steps = self._make_known_steps()
 
     @torch.inference_mode()
     def forward(self, step: StepInput, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
@@ -165,10 +177,10 @@ class Runner:
         Returns:
             Logits: [len(logit_rows), V] float32, on the device.
         """
-        logits = None if self._graphs is None else self._graphs.replay(step, last_tokens)
+        torch.set_num_threads(self._threads.choose(step))
+        logits = None if self._known_steps is None else self._known_steps.replay(step, last_tokens)
         if logits is not None:
             return logits
-        torch.set_num_threads(self._threads.choose(step))
         batch = self._backend.make_batch(step, self._kinds, self._key_bytes, last_tokens)
         return self._decoder.forward(batch, self._kv_cache)
 
@@ -181,13 +193,20 @@ class Runner:
 
         return DeviceSampler(self.device)
 
-    def _make_graphs(self) -> CudaGraphs | None:
-        if isinstance(self._backend, TorchBackend) or self.device.type != "cuda":
+    def _make_known_steps(self) -> KnownSteps | None:
+        """What computes steps that differ from others in little but their numbers."""
+
+        def forward(batch: Batch) -> torch.Tensor:
+            return self._decoder.forward(batch, self._kv_cache)
+
+        if isinstance(self._backend, NumbaBackend):
+            return RecordedSteps(forward, self._kinds, MAX_RECORDED_ROWS) if self._group.size == 1 else None
+        if self.device.type != "cuda" or isinstance(self._backend, TorchBackend):
             return None
         # Triton is there only where it is used.
         from worker_svc.backends.cuda_graphs import CudaGraphs
 
-        return CudaGraphs(lambda batch: self._decoder.forward(batch, self._kv_cache), self.device)
+        return CudaGraphs(forward, self.device)
 
     @torch.inference_mode()
     def copy_block(self, source: int, target: int) -> None:
@@ -230,7 +249,11 @@ class Runner:
 
 def make_backend(kernels: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend that `kernels` names. Raises SettingsError if the device cannot run it."""
-    if kernels == "torch" or (kernels == "auto" and device.type == "cpu"):
+    if device.type == "cpu" and kernels == "auto":
+        kernels = "numba" if dtype == torch.float32 and IS_AVAILABLE else "torch"
+    if kernels == "numba":
+        return _numba_backend(device, dtype)
+    if kernels == "torch":
         return TorchBackend(device, dtype)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise SettingsError("kernels: triton needs a GPU (or TRITON_INTERPRET=1, to try kernels on a CPU)")
@@ -238,6 +261,14 @@ def make_backend(kernels: str, device: torch.device, dtype: torch.dtype) -> Back
     from worker_svc.backends.triton_backend import TritonBackend
 
     return TritonBackend(device, dtype)
+
+
+def _numba_backend(device: torch.device, dtype: torch.dtype) -> NumbaBackend:
+    if device.type != "cpu" or dtype != torch.float32:
+        raise SettingsError("kernels: numba computes in float32 on a CPU")
+    if not IS_AVAILABLE:
+        raise SettingsError("kernels: numba needs a torch that computes with OpenMP")
+    return NumbaBackend(device, dtype)
 
 
 def resolve_device(device: str, rank: int | None = None) -> torch.device:

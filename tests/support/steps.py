@@ -65,7 +65,7 @@ class Driver:
 
     def step(self, counts: Mapping[int, int]) -> list[torch.Tensor]:
         """Compute one step. Returns, for each of its sequences, the logits of its rows: [count, V]."""
-        logits = self.runner.forward(self.step_input(counts))
+        logits = self.runner.forward(self.step_input(counts)).clone()
         for i, count in counts.items():
             self.num_computed[i] += count
         return list(torch.split(logits, list(counts.values())))

@@ -135,6 +135,9 @@ class Backend(Protocol):
             last_tokens: [any] int64; what the step's pending tokens are taken from.
         """
 
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
+        """Rows of a table, times a number; `token_ids`: [T] int64; `table`: [V, E]; returns [T, E]."""
+
     def turns(self, positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float) -> torch.Tensor:
         """Rotary angles of a step in the form that `rotate_and_write` wants; turned vectors grow by the factor."""
 

@@ -15,7 +15,7 @@ from worker_svc.attention import attend
 from worker_svc.attention_plan import Unit, find_families, order_rows, plan_units
 from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear, Norm, Routing
 from worker_svc.backends.torch_experts import TorchExperts, gated, route
-from worker_svc.backends.torch_layers import RmsNorm, make_linear
+from worker_svc.backends.torch_layers import RmsNorm, embed, make_linear
 from worker_svc.quantization import Weight
 from worker_svc.step_input import StepInput
 
@@ -69,6 +69,9 @@ class TorchBackend:
             {window: plan_units(families, step, window) for window in {kind.window for kind in kinds}},
             None if is_all else torch.tensor(logit_rows, dtype=torch.int64, device=self.device),
         )
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
+        return embed(token_ids, table, scale)
 
     def turns(self, positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float) -> torch.Tensor:
         return rope.turns(positions, frequencies, attention_factor)

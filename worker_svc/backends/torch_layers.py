@@ -52,6 +52,12 @@ def can_multiply_int8(device: torch.device) -> bool:
     return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
+def embed(token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
+    """As `Backend.embed`."""
+    rows = F.embedding(token_ids, table)
+    return rows if scale == 1.0 else rows * scale
+
+
 class PlainLinear:
     """`F.linear`."""
 

@@ -16,6 +16,7 @@ from worker_svc import rope
 from worker_svc.backends.backend import Activation, AttentionKind, Batch, Experts, HeadShape, Linear, Norm, Routing
 from worker_svc.backends.device_step import DeviceStep
 from worker_svc.backends.torch_experts import EveryExpert, route
+from worker_svc.backends.torch_layers import embed
 from worker_svc.backends.triton_layers import GroupedExperts, TritonNorm, make_linear
 from worker_svc.kernels.mla_attention import mla_attention
 from worker_svc.kernels.paged_attention import paged_attention
@@ -62,6 +63,9 @@ class TritonBackend:
     ) -> Batch:
         is_all = step.logit_rows == list(range(len(step.token_ids)))
         return DeviceStep.of(step, last_tokens, self.device).batch(None if is_all else step.logit_rows)
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
+        return embed(token_ids, table, scale)
 
     def turns(self, positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float) -> torch.Tensor:
         """Returns: [T, P / 2, 2] float32, cosine and sine."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from worker_svc.backends.backend import Backend, Batch, Norm
 from worker_svc.models.attention import Attention, build_attention
@@ -66,9 +65,7 @@ class Decoder:
         Returns:
             Logits of the wanted rows: [rows, V] float32.
         """
-        x = F.embedding(batch.token_ids, self._embedding)
-        if self._embedding_scale != 1.0:
-            x = x * self._embedding_scale
+        x = self._backend.embed(batch.token_ids, self._embedding, self._embedding_scale)
         turns = self._turns(batch.positions)
         for layer, kv in zip(self._layers, kv_cache.unbind(0), strict=True):
             x = layer.attention.add(layer.attention_norm(x), x, kv, turns, batch)

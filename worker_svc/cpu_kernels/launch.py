@@ -1,0 +1,225 @@
+"""Kernels that numba compiles for the CPU at hand, run by the threads that torch computes with.
+
+An operation of torch costs microseconds before it begins, tens of them when a model's weights have just passed through
+the caches, and a step has hundreds; a kernel here does the work of several in one pass. It runs in the OpenMP threads
+that wait between torch's own operations, since threads of a second library would fight with those for the cores.
+
+A kernel is a function of one pointer, to integers: the number of rows, sizes, and addresses of tensors.
+
+    @kernel
+    def _double(pointer):
+        args = arguments(pointer)
+        num_rows, size = args[0], args[1]
+        x = floats(args[2], (num_rows, size))
+        for row in range(thread_number(), num_rows, num_threads()):
+            ...
+
+    launch(_double, threads_for(x.numel()), *x.shape, x.data_ptr())
+
+Compiled code is kept beside the source, or where `NUMBA_CACHE_DIR` says, and made again when that file changes; after a
+change to what a kernel imports, remove it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+MAX_ARGUMENTS: Final = 24
+# Below this many values another thread is not worth waiting for.
+MIN_VALUES_PER_THREAD: Final = 16 * 1024
+# Everything that reorders sums, but nothing that takes NaN or infinity for impossible: a sequence ends by its NaN.
+FAST_MATH: Final = {"reassoc", "contract", "arcp", "nsz"}
+
+_Arguments: Final = ctypes.c_int64 * MAX_ARGUMENTS
+_OPENMP: Final = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+# Functions of the libraries that torch has loaded. While one of the first runs, no other thread of Python does.
+_holding = ctypes.PyDLL(None)
+_releasing = ctypes.CDLL(None)
+# Whether torch computes with OpenMP, and the system lets its functions be found.
+IS_AVAILABLE: Final = all(hasattr(_holding, name) for name in _OPENMP)
+
+
+class Kernel:
+    """A compiled kernel."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled  # keeps the code in memory
+        self.address: Final[int] = compiled.address
+
+
+def kernel(body: Callable[[Any], None]) -> Kernel:
+    """Compile a function of one pointer, or find it compiled."""
+    for name in _OPENMP:
+        binding.add_symbol(name, ctypes.cast(getattr(_holding, name), ctypes.c_void_p).value)
+    options: dict[str, Any] = {"nopython": True, "fastmath": FAST_MATH, "error_model": "numpy"}
+    try:
+        return Kernel(numba.cfunc("void(voidptr)", cache=True, **options)(body))
+    except RuntimeError:
+        # There is no place to keep it.
+        return Kernel(numba.cfunc("void(voidptr)", **options)(body))
+
+
+@dataclass(slots=True)
+class Launches:
+    """Kernels to run one after the other, for any number of rows up to that of the tensors they were recorded with."""
+
+    kernels: list[Kernel] = field(default_factory=list)
+    arguments: list[Any] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)  # that must not go
+
+    def run(self, threads: int, num_rows: int) -> None:
+        """All of them in one call, which other threads of Python do not wait for."""
+        addresses = (ctypes.c_int64 * len(self.kernels))(*(known.address for known in self.kernels))
+        pointers = (ctypes.c_int64 * len(self.kernels))(*map(ctypes.addressof, self.arguments))
+        values = _Arguments(num_rows, len(self.kernels), ctypes.addressof(addresses), ctypes.addressof(pointers))
+        _releasing.GOMP_parallel(ctypes.c_void_p(_run_all.address), values, threads, 0)
+
+
+_recorded: Launches | None = None
+
+
+def record(body: Callable[[], torch.Tensor]) -> tuple[Launches, torch.Tensor]:
+    """Let `body` launch kernels, and note them instead of running them. Returns what it returns as well."""
+    global _recorded
+    assert _recorded is None, "a recording within a recording"
+    _recorded = launches = Launches()
+    try:
+        result = body()
+    finally:
+        _recorded = None
+    return launches, result
+
+
+def launch(which: Kernel, threads: int, num_rows: int, *args: int, is_long: bool = False) -> None:
+    """Run a kernel in this many threads, and wait for it.
+
+    Args:
+        is_long: may take over a millisecond, for which other threads of Python should not wait.
+    """
+    values = _Arguments(num_rows, *args)
+    if _recorded is not None:
+        _recorded.kernels.append(which)
+        _recorded.arguments.append(values)
+        return
+    library = _releasing if is_long else _holding
+    library.GOMP_parallel(ctypes.c_void_p(which.address), values, threads, 0)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor for a kernel to write."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if _recorded is not None:
+        _recorded.tensors.append(tensor)
+    return tensor
+
+
+def threads_for(num_values: int) -> int:
+    """Threads for a kernel that passes over this many values once."""
+    return max(1, min(torch.get_num_threads(), num_values // MIN_VALUES_PER_THREAD))
+
+
+def as_argument(value: float) -> int:
+    """A number for `number` to read."""
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
+
+
+# ---- inside kernels ----
+
+thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+_barrier = types.ExternalFunction("GOMP_barrier", types.void())
+
+
+@intrinsic
+def _pointer(context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _call(context: Any, address: Any, argument: Any) -> Any:
+    """Call a kernel by its address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t]).as_pointer()
+        builder.call(builder.inttoptr(args[0], kind), [builder.inttoptr(args[1], cgutils.voidptr_t)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def number(context: Any, bits: Any) -> Any:
+    """The float64 that `as_argument` took."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
+
+
+@intrinsic
+def float_of_bits(context: Any, bits: Any) -> Any:
+    """The float32 of these 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def prefetch(context: Any, address: Any) -> Any:
+    """Ask for a cache line that will be read soon."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        int32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, int32, int32, int32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], cgutils.voidptr_t), int32(0), int32(3), int32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@numba.njit(inline="always")
+def arguments(pointer):
+    return carray(pointer, MAX_ARGUMENTS, dtype=np.int64)
+
+
+@numba.njit(inline="always")
+def floats(address, shape):
+    return carray(_pointer(address), shape, dtype=np.float32)
+
+
+@numba.njit(inline="always")
+def integers(address, shape):
+    return carray(_pointer(address), shape, dtype=np.int64)
+
+
+@kernel
+def _run_all(pointer):
+    args = arguments(pointer)
+    num_rows, count = args[0], args[1]
+    addresses, pointers = integers(args[2], count), integers(args[3], count)
+    if thread_number() == 0:
+        for i in range(count):
+            integers(pointers[i], 1)[0] = num_rows
+    for i in range(count):
+        _barrier()
+        _call(addresses[i], pointers[i])

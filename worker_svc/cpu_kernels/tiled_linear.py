@@ -1,0 +1,208 @@
+"""x W^T + bias + residual in float32, for any number of rows.
+
+The weight is packed once into panels of a few columns (rows of W), channel after channel, so that one reads them from
+first byte to last. For each panel, tiles of rows of x are multiplied with it; sums of a tile stay in vector registers
+over all channels (Goto and van de Geijn 2008). One row then reads weights as fast as memory gives them, and many rows
+compute as fast as the registers do.
+
+Reference: `F.linear`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from worker_svc.cpu_kernels.launch import arguments, empty, floats, kernel, launch, num_threads, thread_number
+
+# Values of a vector register, and rows whose sums, two vectors each, fill the registers there are.
+LANES, MAX_TILE_ROWS = (16, 12) if binding.get_host_cpu_features().get("avx512f") else (8, 6)
+PANEL: Final = 2 * LANES
+# Rows of a tile that there is code for.
+TILE_ROWS: Final = tuple(rows for rows in (1, 2, 3, 4, 6, 8, 12) if rows <= MAX_TILE_ROWS)
+# Channels that one pass of the inner loop takes.
+UNROLL: Final = 4
+# Products that take about a millisecond.
+_LONG: Final = 100_000_000
+
+
+def _tile(num_rows: int) -> Any:
+    """The inner loop for this many rows: sums[r, c] = sum over k of x[r, k] * panel[k, c], c < PANEL."""
+
+    @intrinsic
+    def multiply(context: Any, x: Any, stride: Any, panel: Any, size: Any, sums: Any) -> Any:
+        """Addresses; `stride`: bytes from one row of x to the next; `size`: channels, a multiple of UNROLL."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _generate_tile(builder, num_rows, *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return multiply
+
+
+def _generate_tile(builder: Any, num_rows: int, x: Any, stride: Any, panel: Any, size: Any, sums: Any) -> None:
+    int64, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
+    kind = ir.FunctionType(vector, [vector] * 3)
+    multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+    rows = [builder.add(x, builder.mul(stride, int64(row))) for row in range(num_rows)]
+    before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(int64)
+    k.add_incoming(int64(0), before)
+    phis = [[builder.phi(vector) for _ in range(2)] for _ in rows]
+    totals: list[list[Any]] = [list(pair) for pair in phis]
+    for offset in range(UNROLL):
+        channel = builder.add(k, int64(offset))
+        line = builder.add(panel, builder.mul(channel, int64(4 * PANEL)))
+        weights = [_load(builder, builder.add(line, int64(4 * LANES * half)), vector, 64) for half in range(2)]
+        for row, address in enumerate(rows):
+            value = _load(builder, builder.add(address, builder.mul(channel, int64(4))), ir.FloatType(), 4)
+            spread = _spread(builder, value, vector)
+            for half in range(2):
+                totals[row][half] = builder.call(multiply_add, [spread, weights[half], totals[row][half]])
+    following = builder.add(k, int64(UNROLL))
+    k.add_incoming(following, loop)
+    for pair, ends in zip(phis, totals, strict=True):
+        for phi, end in zip(pair, ends, strict=True):
+            phi.add_incoming(ir.Constant(vector, None), before)
+            phi.add_incoming(end, loop)
+    builder.cbranch(builder.icmp_signed("<", following, size), loop, after)
+    builder.position_at_end(after)
+    for row, ends in enumerate(totals):
+        for half, end in enumerate(ends):
+            target = builder.add(sums, int64(4 * (row * PANEL + half * LANES)))
+            builder.store(end, builder.inttoptr(target, vector.as_pointer())).align = 4
+
+
+def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    loaded.align = align
+    return loaded
+
+
+def _spread(builder: Any, value: Any, vector: Any) -> Any:
+    """A vector of one value."""
+    int32 = ir.IntType(32)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, int32(0))
+    zeros = ir.Constant(ir.VectorType(int32, vector.count), None)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+
+_tile_1, _tile_2, _tile_3, _tile_4, _tile_6 = (_tile(rows) for rows in (1, 2, 3, 4, 6))
+_tile_8, _tile_12 = (_tile(min(rows, MAX_TILE_ROWS)) for rows in (8, 12))
+
+
+@kernel
+def _linear(pointer):
+    args = arguments(pointer)
+    num_rows, num_columns, size = args[0], args[1], args[2]
+    x, weight = args[3], args[4]
+    out = floats(args[5], (num_rows, num_columns))
+    bias = floats(args[6], num_columns)
+    residual = floats(args[7], (num_rows, num_columns))
+    has_bias, has_residual = args[6] != 0, args[7] != 0
+    # As few tiles as hold all rows, as even as there is code for.
+    num_tiles = (num_rows + MAX_TILE_ROWS - 1) // MAX_TILE_ROWS
+    even = (num_rows + num_tiles - 1) // num_tiles
+    tile = 1
+    for rows in TILE_ROWS:
+        if tile < even and rows <= num_rows:
+            tile = rows
+    sums = np.empty((MAX_TILE_ROWS, PANEL), np.float32)
+    target = sums.ctypes.data
+    num_panels = (num_columns + PANEL - 1) // PANEL
+    thread, threads = thread_number(), num_threads()
+    for panel in range(num_panels * thread // threads, num_panels * (thread + 1) // threads):
+        address = weight + 4 * panel * size * PANEL
+        first_column = panel * PANEL
+        count = min(PANEL, num_columns - first_column)
+        for begin in range(0, num_rows, tile):
+            # The last tile may do some rows again.
+            first = min(begin, num_rows - tile)
+            source = x + 4 * first * size
+            if tile == 1:
+                _tile_1(source, 4 * size, address, size, target)
+            elif tile == 2:
+                _tile_2(source, 4 * size, address, size, target)
+            elif tile == 3:
+                _tile_3(source, 4 * size, address, size, target)
+            elif tile == 4:
+                _tile_4(source, 4 * size, address, size, target)
+            elif tile == 6:
+                _tile_6(source, 4 * size, address, size, target)
+            elif tile == 8:
+                _tile_8(source, 4 * size, address, size, target)
+            else:
+                _tile_12(source, 4 * size, address, size, target)
+            for row in range(tile):
+                if has_bias:
+                    for i in range(count):
+                        sums[row, i] += bias[first_column + i]
+                if has_residual:
+                    for i in range(count):
+                        sums[row, i] += residual[first + row, first_column + i]
+                for i in range(count):
+                    out[first + row, first_column + i] = sums[row, i]
+
+
+class TiledLinear:
+    """A packed weight."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """`weight`: [out, in] float32, as `can_tile` wants it; `bias`: [out]."""
+        self._num_columns, self._size = weight.shape
+        self._panels = _pack(weight)
+        self._bias = None if bias is None else bias.float().contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`: [T, in] float32; returns [T, out]."""
+        return self._run(x, 0)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual`: [T, out] float32, contiguous; returns the sum."""
+        return self._run(x, residual.data_ptr())
+
+    def _run(self, x: torch.Tensor, residual: int) -> torch.Tensor:
+        x = x.contiguous()
+        num_rows, num_columns, size = len(x), self._num_columns, self._size
+        out = empty(num_rows, num_columns)
+        launch(
+            _linear,
+            torch.get_num_threads(),
+            num_rows,
+            num_columns,
+            size,
+            x.data_ptr(),
+            self._panels.data_ptr(),
+            out.data_ptr(),
+            0 if self._bias is None else self._bias.data_ptr(),
+            residual,
+            is_long=num_rows * num_columns * size > _LONG,
+        )
+        return out
+
+
+def can_tile(weight: torch.Tensor) -> bool:
+    """Whether a weight of this shape and type can be packed."""
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.shape[1] % UNROLL == 0
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    """[panels, in, PANEL], with zeros for the columns that are not there."""
+    num_columns, size = weight.shape
+    num_panels = -(-num_columns // PANEL)
+    packed = torch.zeros(num_panels, size, PANEL)
+    whole = num_columns // PANEL
+    packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, size).transpose(1, 2)
+    if whole < num_panels:
+        packed[whole, :, : num_columns - whole * PANEL] = weight[whole * PANEL :].t()
+    return packed
