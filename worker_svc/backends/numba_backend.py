@@ -19,7 +19,7 @@ from worker_svc.backends.torch_backend import TorchBackend, Units
 from worker_svc.backends.torch_layers import make_linear
 from worker_svc.cpu_kernels.gated import gated
 from worker_svc.cpu_kernels.inputs import embed, turns
-from worker_svc.cpu_kernels.launch import empty
+from worker_svc.cpu_kernels.launch import empty_rows
 from worker_svc.cpu_kernels.paged_attention import RowPlan, paged_attention
 from worker_svc.cpu_kernels.rms_norm import RmsNorm
 from worker_svc.cpu_kernels.rotate_and_write import rotate_and_write
@@ -88,7 +88,7 @@ class NumbaBackend(TorchBackend):
         if kind.value_dim is not None:
             return TorchBackend.attend(self, q, kv, kind, batch)
         plan: AttentionPlan = batch.attention[kind.window]
-        out = empty(len(q), q.shape[1] * q.shape[2])
+        out = empty_rows(len(q), q.shape[1] * q.shape[2])
         if plan.single is not None:
             paged_attention(q, kv, plan.single, out, softmax_scale=kind.softmax_scale, soft_cap=kind.soft_cap)
         if plan.units:

@@ -9,7 +9,7 @@ from worker_svc.backends.backend import Activation
 from worker_svc.cpu_kernels.exp import exp
 from worker_svc.cpu_kernels.launch import (
     arguments,
-    empty,
+    empty_rows,
     floats,
     kernel,
     launch,
@@ -33,7 +33,7 @@ def _silu(pointer):
     for row in range(thread_number(), num_rows, num_threads()):
         gate = floats(args[2] + 8 * row * size, size)
         up = floats(args[2] + 8 * row * size + 4 * size, size)
-        out = floats(args[3] + 4 * row * size, size)
+        out = floats(args[3] + 4 * row * args[4], size)
         for i in range(size):
             out[i] = gate[i] / (_ONE + exp(-gate[i])) * up[i]
 
@@ -45,7 +45,7 @@ def _gelu_tanh(pointer):
     for row in range(thread_number(), num_rows, num_threads()):
         gate = floats(args[2] + 8 * row * size, size)
         up = floats(args[2] + 8 * row * size + 4 * size, size)
-        out = floats(args[3] + 4 * row * size, size)
+        out = floats(args[3] + 4 * row * args[4], size)
         for i in range(size):
             x = gate[i]
             power = exp(_TWO_ROOTS * (x + _CUBE * x * x * x))
@@ -55,7 +55,7 @@ def _gelu_tanh(pointer):
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """`gate_up`: [T, 2 * inner] float32, contiguous; returns [T, inner]."""
     num_rows, size = len(gate_up), gate_up.shape[1] // 2
-    out = empty(num_rows, size)
+    out = empty_rows(num_rows, size)
     which = _silu if activation == "silu" else _gelu_tanh
-    launch(which, threads_for(_COST * out.numel()), num_rows, size, gate_up.data_ptr(), out.data_ptr())
+    launch(which, threads_for(_COST * out.numel()), num_rows, size, gate_up.data_ptr(), out.data_ptr(), out.stride(0))
     return out

@@ -19,6 +19,7 @@ import torch
 from worker_svc.attention_plan import Unit
 from worker_svc.cpu_kernels.exp import exp
 from worker_svc.cpu_kernels.launch import (
+    LINE,
     Kernel,
     arguments,
     as_argument,
@@ -35,7 +36,6 @@ from worker_svc.cpu_kernels.launch import (
 TILE: Final = 64
 # Bytes of K and V that take about a millisecond to read.
 LONG_BYTES: Final = 16 * 2**20
-LINE: Final = 64
 _ONE: Final = np.float32(1.0)
 _TWO: Final = np.float32(2.0)
 _ZERO: Final = np.float32(0.0)
@@ -65,7 +65,7 @@ def _compiled(group: int, head_dim: int) -> Kernel:
         for item in range(thread_number(), num_rows * num_kv_heads, step):
             i, head = item // num_kv_heads, item % num_kv_heads
             q = floats(args[9] + 4 * (rows[i] * q_stride + head * group * head_dim), (group, head_dim))
-            out = floats(args[10] + 4 * ((rows[i] * num_kv_heads + head) * group * head_dim), (group, head_dim))
+            out = floats(args[10] + 4 * (rows[i] * args[11] + head * group * head_dim), (group, head_dim))
             for g in range(group):
                 highest[g], sums[g] = _LOWEST, _ZERO
                 for d in range(head_dim):
@@ -181,7 +181,7 @@ def paged_attention(
     Args:
         q: [T, H, D] float32; heads and channels of a row contiguous.
         kv: [2 * KH, N * S, D] float32, contiguous; one layer's cache, the step's own tokens already in it.
-        out: [T, H * D] float32, contiguous; the rows of the plan are written.
+        out: [T, H * D] float32, each row contiguous; the rows of the plan are written.
     """
     num_heads, num_slots, head_dim = kv.shape
     num_kv_heads = num_heads // 2
@@ -200,5 +200,6 @@ def paged_attention(
         plan.addresses.data_ptr(),
         q.data_ptr(),
         out.data_ptr(),
+        out.stride(0),
         is_long=num_bytes > LONG_BYTES,
     )

@@ -13,7 +13,7 @@ import torch
 from worker_svc.cpu_kernels.launch import (
     arguments,
     as_argument,
-    empty,
+    empty_rows,
     floats,
     kernel,
     launch,
@@ -53,7 +53,7 @@ class RmsNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x`: [T, E] float32, rows contiguous; returns [T, E]."""
-        out = empty(*x.shape)
+        out = empty_rows(*x.shape)
         self._run(x, out)
         return out
 

@@ -36,19 +36,21 @@ def _tile(num_rows: int) -> Any:
     """The inner loop for this many rows: sums[r, c] = sum over k of x[r, k] * panel[k, c], c < PANEL."""
 
     @intrinsic
-    def multiply(context: Any, x: Any, stride: Any, panel: Any, size: Any, sums: Any) -> Any:
-        """Addresses; `stride`: bytes from one row of x to the next; `size`: channels, a multiple of UNROLL."""
+    def multiply(context: Any, x: Any, stride: Any, panel: Any, size: Any, sums: Any, sums_stride: Any) -> Any:
+        """Addresses, and bytes from one row to the next; `size`: channels, a multiple of UNROLL."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _generate_tile(builder, num_rows, *args)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), generate
+        return types.void(*[types.int64] * 6), generate
 
     return multiply
 
 
-def _generate_tile(builder: Any, num_rows: int, x: Any, stride: Any, panel: Any, size: Any, sums: Any) -> None:
+def _generate_tile(
+    builder: Any, num_rows: int, x: Any, stride: Any, panel: Any, size: Any, sums: Any, sums_stride: Any
+) -> None:
     int64, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
     kind = ir.FunctionType(vector, [vector] * 3)
     multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
@@ -79,7 +81,7 @@ def _generate_tile(builder: Any, num_rows: int, x: Any, stride: Any, panel: Any,
     builder.position_at_end(after)
     for row, ends in enumerate(totals):
         for half, end in enumerate(ends):
-            target = builder.add(sums, int64(4 * (row * PANEL + half * LANES)))
+            target = builder.add(builder.add(sums, builder.mul(sums_stride, int64(row))), int64(4 * half * LANES))
             builder.store(end, builder.inttoptr(target, vector.as_pointer())).align = 4
 
 
@@ -105,53 +107,58 @@ _tile_8, _tile_12 = (_tile(min(rows, MAX_TILE_ROWS)) for rows in (8, 12))
 def _linear(pointer):
     args = arguments(pointer)
     num_rows, num_columns, size = args[0], args[1], args[2]
-    x, weight = args[3], args[4]
+    x, weight, stride = args[3], args[4], 4 * args[8]
     out = floats(args[5], (num_rows, num_columns))
     bias = floats(args[6], num_columns)
     residual = floats(args[7], (num_rows, num_columns))
     has_bias, has_residual = args[6] != 0, args[7] != 0
-    # As few tiles as hold all rows, as even as there is code for.
-    num_tiles = (num_rows + MAX_TILE_ROWS - 1) // MAX_TILE_ROWS
-    even = (num_rows + num_tiles - 1) // num_tiles
-    tile = 1
-    for rows in TILE_ROWS:
-        if tile < even and rows <= num_rows:
-            tile = rows
-    sums = np.empty((MAX_TILE_ROWS, PANEL), np.float32)
-    target = sums.ctypes.data
+    # The columns of a panel that is not whole.
+    rest = np.empty((MAX_TILE_ROWS, PANEL), np.float32)
     num_panels = (num_columns + PANEL - 1) // PANEL
     thread, threads = thread_number(), num_threads()
     for panel in range(num_panels * thread // threads, num_panels * (thread + 1) // threads):
         address = weight + 4 * panel * size * PANEL
         first_column = panel * PANEL
         count = min(PANEL, num_columns - first_column)
-        for begin in range(0, num_rows, tile):
-            # The last tile may do some rows again.
+        begin = 0
+        while begin < num_rows:
+            # The smallest that holds all rows that are left; some may be done again.
+            tile = 1
+            for rows in TILE_ROWS:
+                if tile < num_rows - begin and rows <= num_rows:
+                    tile = rows
             first = min(begin, num_rows - tile)
-            source = x + 4 * first * size
+            begin = first + tile
+            source = x + first * stride
+            target, target_stride = args[5] + 4 * (first * num_columns + first_column), 4 * num_columns
+            if count < PANEL:
+                target, target_stride = rest.ctypes.data, 4 * PANEL
             if tile == 1:
-                _tile_1(source, 4 * size, address, size, target)
+                _tile_1(source, stride, address, size, target, target_stride)
             elif tile == 2:
-                _tile_2(source, 4 * size, address, size, target)
+                _tile_2(source, stride, address, size, target, target_stride)
             elif tile == 3:
-                _tile_3(source, 4 * size, address, size, target)
+                _tile_3(source, stride, address, size, target, target_stride)
             elif tile == 4:
-                _tile_4(source, 4 * size, address, size, target)
+                _tile_4(source, stride, address, size, target, target_stride)
             elif tile == 6:
-                _tile_6(source, 4 * size, address, size, target)
+                _tile_6(source, stride, address, size, target, target_stride)
             elif tile == 8:
-                _tile_8(source, 4 * size, address, size, target)
+                _tile_8(source, stride, address, size, target, target_stride)
             else:
-                _tile_12(source, 4 * size, address, size, target)
-            for row in range(tile):
-                if has_bias:
+                _tile_12(source, stride, address, size, target, target_stride)
+            if count < PANEL:
+                for row in range(tile):
                     for i in range(count):
-                        sums[row, i] += bias[first_column + i]
-                if has_residual:
-                    for i in range(count):
-                        sums[row, i] += residual[first + row, first_column + i]
-                for i in range(count):
-                    out[first + row, first_column + i] = sums[row, i]
+                        out[first + row, first_column + i] = rest[row, i]
+            if has_bias:
+                for row in range(first, first + tile):
+                    for i in range(first_column, first_column + count):
+                        out[row, i] += bias[i]
+            if has_residual:
+                for row in range(first, first + tile):
+                    for i in range(first_column, first_column + count):
+                        out[row, i] += residual[row, i]
 
 
 class TiledLinear:
@@ -164,7 +171,7 @@ class TiledLinear:
         self._bias = None if bias is None else bias.float().contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`: [T, in] float32; returns [T, out]."""
+        """`x`: [T, in] float32, each row contiguous; returns [T, out]."""
         return self._run(x, 0)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -172,7 +179,6 @@ class TiledLinear:
         return self._run(x, residual.data_ptr())
 
     def _run(self, x: torch.Tensor, residual: int) -> torch.Tensor:
-        x = x.contiguous()
         num_rows, num_columns, size = len(x), self._num_columns, self._size
         out = empty(num_rows, num_columns)
         launch(
@@ -186,6 +192,7 @@ class TiledLinear:
             out.data_ptr(),
             0 if self._bias is None else self._bias.data_ptr(),
             residual,
+            x.stride(0),
             is_long=num_rows * num_columns * size > _LONG,
         )
         return out
