@@ -199,8 +199,15 @@ class Runner:
         def forward(batch: Batch) -> torch.Tensor:
             return self._decoder.forward(batch, self._kv_cache)
 
+        def make_batch(step: StepInput, last_tokens: torch.Tensor | None) -> Batch:
+            return self._backend.make_batch(step, self._kinds, self._key_bytes, last_tokens)
+
+        has_latents = any(kind.value_dim is not None for kind in self._kinds)
         if isinstance(self._backend, NumbaBackend):
-            return RecordedSteps(forward, self._kinds, MAX_RECORDED_ROWS) if self._group.size == 1 else None
+            if has_latents or self._group.size > 1:
+                return None
+            steps = RecordedSteps(forward, make_batch, {kind.window for kind in self._kinds}, MAX_RECORDED_ROWS)
+            return steps if steps.is_whole else None
         if self.device.type != "cuda" or isinstance(self._backend, TorchBackend):
             return None
         # Triton is there only where it is used.

@@ -1,42 +1,29 @@
-"""A CPU with kernels that numba compiles for it, around torch's matrix products and its flash attention.
+"""A CPU with kernels that numba compiles for it.
 
-What a step of few tokens does beside its linears is hundreds of small operations in torch; here it is four kernels a
-layer. Only float32 is worth it: half types a CPU computes with torch.
+What a step does beside its linears is hundreds of small operations in torch; here it is four kernels a layer, and a
+whole step of decodes is one call (`recorded_steps`). Only float32 is worth it: half types a CPU computes with torch,
+and so it does what these kernels do not know, latent attention and experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final
 
 import torch
 
-from worker_svc.attention import attend
-from worker_svc.attention_plan import Unit
 from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear
 from worker_svc.backends.torch_backend import TorchBackend, Units
 from worker_svc.backends.torch_layers import make_linear
+from worker_svc.cpu_kernels.attention import AttentionPlan, attend
 from worker_svc.cpu_kernels.gated import gated
 from worker_svc.cpu_kernels.inputs import embed, turns
-from worker_svc.cpu_kernels.launch import empty_rows
-from worker_svc.cpu_kernels.paged_attention import RowPlan, paged_attention
+from worker_svc.cpu_kernels.int8_linear import HAS_VNNI, TiledInt8Linear
 from worker_svc.cpu_kernels.rms_norm import RmsNorm
 from worker_svc.cpu_kernels.rotate_and_write import rotate_and_write
 from worker_svc.cpu_kernels.tiled_linear import TiledLinear, can_tile
-from worker_svc.quantization import Weight
+from worker_svc.quantization import Weight, as_int8
 from worker_svc.step_input import StepInput
-
-# Rows of a unit so few that each reading all of its context is faster than matrix products.
-MAX_SINGLE_ROWS: Final = 4
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """What attends to what, for one window."""
-
-    single: RowPlan | None  # rows for our kernel
-    units: Sequence[Unit]  # the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +33,8 @@ class NumbaBackend(TorchBackend):
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         if isinstance(weight, torch.Tensor) and can_tile(weight):
             return TiledLinear(weight, bias)
+        if not isinstance(weight, torch.Tensor) and HAS_VNNI:
+            return TiledInt8Linear(as_int8(weight), bias)
         return make_linear(weight, bias, self.dtype)
 
     def norm(self, weight: torch.Tensor, eps: float) -> RmsNorm:  # type: ignore[override]
@@ -63,7 +52,7 @@ class NumbaBackend(TorchBackend):
         if any(kind.value_dim is not None for kind in kinds):
             return batch
         units: Units = batch.attention
-        return replace(batch, attention={window: _plan(known) for window, known in units.items()})
+        return replace(batch, attention={window: AttentionPlan(known) for window, known in units.items()})
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
         return embed(token_ids, table, scale)
@@ -87,22 +76,7 @@ class NumbaBackend(TorchBackend):
     def attend(self, q: torch.Tensor, kv: torch.Tensor, kind: AttentionKind, batch: Batch) -> torch.Tensor:
         if kind.value_dim is not None:
             return TorchBackend.attend(self, q, kv, kind, batch)
-        plan: AttentionPlan = batch.attention[kind.window]
-        out = empty_rows(len(q), q.shape[1] * q.shape[2])
-        if plan.single is not None:
-            paged_attention(q, kv, plan.single, out, softmax_scale=kind.softmax_scale, soft_cap=kind.soft_cap)
-        if plan.units:
-            attend(q, kv, plan.units, kind, out)
-        return out
+        return attend(q, kv, batch.attention[kind.window], kind)
 
     def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         return gated(gate_up, activation)
-
-
-def _plan(units: Iterable[Unit]) -> AttentionPlan:
-    single: list[Unit] = []
-    others: list[Unit] = []
-    for unit in units:
-        is_single = unit.num_rows <= MAX_SINGLE_ROWS
-        (single if is_single else others).append(unit)
-    return AttentionPlan(RowPlan(single) if single else None, others)

@@ -1,8 +1,8 @@
-"""Decode steps of a CPU as one call: the launches of a forward pass, recorded once for the most rows there can be.
+"""Steps of few tokens on a CPU as one call: the launches of a forward pass, recorded once for any number of rows.
 
-Between kernels Python would take longer than most of them, all the more when weights have just been through the
-caches. What differs from step to step stands in tensors that stay where they are. A model whose pass has operations
-that cannot be recorded is computed launch by launch.
+Between kernels Python would take longer than most of them take, all the more when weights have just been through the
+caches. What differs from step to step stands in tensors that stay where they are. A model whose pass has operations of
+torch is computed launch by launch.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any, Final
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from worker_svc.attention_plan import Family, plan_units
-from worker_svc.backends.backend import AttentionKind, Batch
-from worker_svc.cpu_kernels.launch import Launches, record
-from worker_svc.cpu_kernels.paged_attention import RowPlan
+from worker_svc.backends.backend import Batch
+from worker_svc.cpu_kernels.attention import AttentionPlan
+from worker_svc.cpu_kernels.launch import record
 from worker_svc.step_input import StepInput
 
 # What makes or views tensors, and computes nothing.
@@ -26,41 +25,44 @@ _HARMLESS: Final = {"empty", "view", "slice", "select", "unbind", "transpose", "
 class RecordedSteps:
     """The recorded pass of one model."""
 
-    def __init__(self, forward: Callable[[Batch], torch.Tensor], kinds: Iterable[AttentionKind], max_rows: int) -> None:
-        """`forward`: a pass over the model; it is called once, here."""
-        kinds = tuple(kinds)
+    def __init__(
+        self,
+        forward: Callable[[Batch], torch.Tensor],
+        make_batch: Callable[[StepInput, torch.Tensor | None], Batch],
+        windows: Iterable[int | None],
+        max_rows: int,
+    ) -> None:
+        """Record.
+
+        Args:
+            forward: a pass over the model; it is called once, here.
+            make_batch: what makes a step into a batch, given the tokens that pending ones are taken from.
+            windows: of all attention layers.
+            max_rows: of the steps to come.
+        """
+        self._make_batch = make_batch
         self._max_rows = max_rows
         self._columns = torch.zeros(3, max_rows, dtype=torch.int64)
-        self._plans = {window: RowPlan() for window in {kind.window for kind in kinds}}
-        # The attention of latents is torch's.
-        is_ours = all(kind.value_dim is None for kind in kinds)
-        self._launches, self._logits = self._record(forward) if is_ours else (None, torch.empty(0))
+        self._plans = {window: AttentionPlan(is_recorded=True) for window in windows}
+        token_ids, positions, slots = self._columns.unbind(0)
+        batch = Batch(token_ids, positions, slots, self._plans, None)
+        with _Watch() as watch:
+            self._launches, self._logits = record(lambda: forward(batch))
+        self.is_whole = not watch.others
 
     def replay(self, step: StepInput, last_tokens: torch.Tensor | None) -> torch.Tensor | None:
         """As `runner.KnownSteps`."""
         count = len(step.token_ids)
-        if self._launches is None or not _is_decode(step) or count > self._max_rows:
+        if not self.is_whole or count > self._max_rows or len(step.logit_rows) < count:
             return None
-        columns = torch.tensor([step.token_ids, step.positions, step.slot_mapping])
-        if step.pending and last_tokens is not None:
-            rows, sources = (list(column) for column in zip(*step.pending, strict=True))
-            columns[0, rows] = last_tokens[sources]
-        self._columns[:, :count] = columns
-        families = [Family((i,)) for i in range(count)]
-        for window, plan in self._plans.items():
-            plan.fill(plan_units(families, step, window))
+        batch = self._make_batch(step, last_tokens)
+        for known, column in zip(self._columns, (batch.token_ids, batch.positions, batch.slots), strict=True):
+            known[:count] = column
+        if not all(plan.take(batch.attention[window]) for window, plan in self._plans.items()):
+            return None
         self._launches.run(torch.get_num_threads(), count)
-        return self._logits[:count]
-
-    def _record(self, forward: Callable[[Batch], torch.Tensor]) -> tuple[Launches | None, torch.Tensor]:
-        from worker_svc.backends.numba_backend import AttentionPlan
-
-        token_ids, positions, slots = self._columns.unbind(0)
-        attention = {window: AttentionPlan(plan, ()) for window, plan in self._plans.items()}
-        watch = _Watch()
-        with watch:
-            launches, logits = record(lambda: forward(Batch(token_ids, positions, slots, attention, None)))
-        return (None if watch.others else launches), logits
+        logits = self._logits[:count]
+        return logits if batch.logit_rows is None else logits.index_select(0, batch.logit_rows)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -70,14 +72,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.others: set[str] = set()
 
+    def __enter__(self) -> _Watch:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
         if name not in _HARMLESS:
             self.others.add(name)
         return function(*args, **(kwargs or {}))
-
-
-def _is_decode(step: StepInput) -> bool:
-    """Whether every sequence has one token to compute, and wants its logits."""
-    count = len(step.token_ids)
-    return count == len(step.query_lens) and step.logit_rows == list(range(count))

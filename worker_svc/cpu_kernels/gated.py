@@ -1,4 +1,7 @@
-"""activation(gate) * up, one pass (Shazeer 2020). Reference: `backends.torch_experts.gated`."""
+"""activation(gate) * up in float32, one pass (Shazeer 2020), with SiLU or GELU by tanh (Hendrycks and Gimpel 2016).
+
+Reference: `backends.torch_experts.gated`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from worker_svc.backends.backend import Activation
 from worker_svc.cpu_kernels.exp import exp
 from worker_svc.cpu_kernels.launch import (
     arguments,
+    check,
     empty_rows,
     floats,
     kernel,
@@ -53,8 +57,19 @@ def _gelu_tanh(pointer):
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """`gate_up`: [T, 2 * inner] float32, contiguous; returns [T, inner]."""
-    num_rows, size = len(gate_up), gate_up.shape[1] // 2
+    """One half of each row gates the other.
+
+    Args:
+        gate_up: [T, 2 * inner] float32, contiguous; the gate first.
+
+    Returns:
+        [T, inner], as `empty_rows` gives it.
+
+    Raises:
+        ValueError: another shape, type or layout.
+    """
+    num_rows, size = len(gate_up), gate_up.shape[-1] // 2
+    check("gate_up", gate_up, (num_rows, 2 * size))
     out = empty_rows(num_rows, size)
     which = _silu if activation == "silu" else _gelu_tanh
     launch(which, threads_for(_COST * out.numel()), num_rows, size, gate_up.data_ptr(), out.data_ptr(), out.stride(0))

@@ -13,6 +13,7 @@ import torch
 from worker_svc.cpu_kernels.launch import (
     arguments,
     as_argument,
+    check,
     empty,
     floats,
     integers,
@@ -52,8 +53,21 @@ def _turns(pointer):
 
 
 def embed(token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
-    """`token_ids`: [T] int64; `table`: [V, E] float32, contiguous; returns [T, E]."""
-    num_rows, size = len(token_ids), table.shape[1]
+    """Rows of a table, times a number.
+
+    Args:
+        token_ids: [T] int64, from 0 to V - 1: nothing here looks whether they are.
+        table: [V, E] float32, contiguous.
+
+    Returns:
+        [T, E].
+
+    Raises:
+        ValueError: another shape, type or layout.
+    """
+    num_rows, size = len(token_ids), table.shape[-1]
+    check("token_ids", token_ids, (num_rows,), torch.int64)
+    check("table", table, (len(table), size))
     out = empty(num_rows, size)
     threads = threads_for(out.numel())
     arguments = (size, as_argument(scale), token_ids.data_ptr(), table.data_ptr(), out.data_ptr())
@@ -62,8 +76,22 @@ def embed(token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.T
 
 
 def turns(positions: torch.Tensor, frequencies: torch.Tensor, factor: float) -> torch.Tensor:
-    """`positions`: [T] int64; `frequencies`: [P / 2] float32; returns [T, 1, P / 2] complex64."""
+    """Complex numbers to turn by.
+
+    Args:
+        positions: [T] int64, up to 2^24, which float32 still holds.
+        frequencies: [P / 2] float32, contiguous; radians a token.
+        factor: length of the numbers.
+
+    Returns:
+        [T, 1, P / 2] complex64.
+
+    Raises:
+        ValueError: another shape, type or layout.
+    """
     num_rows, num_pairs = len(positions), len(frequencies)
+    check("positions", positions, (num_rows,), torch.int64)
+    check("frequencies", frequencies, (num_pairs,))
     out = empty(num_rows, 1, num_pairs, 2)
     arguments = (num_pairs, as_argument(factor), positions.data_ptr(), frequencies.data_ptr(), out.data_ptr())
     launch(_turns, threads_for(16 * out.numel()), num_rows, *arguments)

@@ -16,16 +16,19 @@ A kernel is a function of one pointer, to integers: the number of rows, sizes, a
 
     launch(_double, threads_for(x.numel()), *x.shape, x.data_ptr())
 
-Compiled code is kept beside the source, or where `NUMBA_CACHE_DIR` says, and made again when that file changes; after a
-change to what a kernel imports, remove it.
+Compiled code is kept beside the source, or where `NUMBA_CACHE_DIR` says, for as long as no file of this folder changes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Final
 
 import numba
@@ -55,23 +58,47 @@ IS_AVAILABLE: Final = all(hasattr(_holding, name) for name in _OPENMP)
 
 
 class Kernel:
-    """A compiled kernel."""
+    """A kernel, compiled or found compiled when its address is first asked for: where there is no OpenMP, never."""
 
-    def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled  # keeps the code in memory
-        self.address: Final[int] = compiled.address
+    def __init__(self, body: Callable[[Any], None]) -> None:
+        """`body`: a function of one pointer."""
+        self._body = body
+
+    @cached_property
+    def address(self) -> int:
+        """Of the code."""
+        self._compiled = _compile(self._body)  # keeps the code in memory
+        address: int = self._compiled.address
+        return address
 
 
 def kernel(body: Callable[[Any], None]) -> Kernel:
-    """Compile a function of one pointer, or find it compiled."""
+    """Decorator of a function of one pointer that is to be compiled."""
+    return Kernel(body)
+
+
+def _cache_folder() -> str:
+    """Where compiled code is kept: numba itself would not notice a change in what a kernel imports."""
+    folder = Path(__file__).parent
+    digest = blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    parent = Path(os.environ.get("NUMBA_CACHE_DIR") or folder / "__pycache__")
+    return str(parent / f"numba-{digest.hexdigest()}")
+
+
+numba.config.CACHE_DIR = _cache_folder()
+
+
+def _compile(body: Callable[[Any], None]) -> Any:
     for name in _OPENMP:
         binding.add_symbol(name, ctypes.cast(getattr(_holding, name), ctypes.c_void_p).value)
     options: dict[str, Any] = {"nopython": True, "fastmath": FAST_MATH, "error_model": "numpy"}
     try:
-        return Kernel(numba.cfunc("void(voidptr)", cache=True, **options)(body))
+        return numba.cfunc("void(voidptr)", cache=True, **options)(body)
     except RuntimeError:
         # There is no place to keep it.
-        return Kernel(numba.cfunc("void(voidptr)", **options)(body))
+        return numba.cfunc("void(voidptr)", **options)(body)
 
 
 @dataclass(slots=True)
@@ -83,7 +110,10 @@ class Launches:
     tensors: list[torch.Tensor] = field(default_factory=list)  # that must not go
 
     def run(self, threads: int, num_rows: int) -> None:
-        """All of them in one call, which other threads of Python do not wait for."""
+        """All of them in one call, which other threads of Python do not wait for.
+
+        `num_rows`: for all kernels, whatever they were recorded with; rows beyond stay as they are.
+        """
         addresses = (ctypes.c_int64 * len(self.kernels))(*(known.address for known in self.kernels))
         pointers = (ctypes.c_int64 * len(self.kernels))(*map(ctypes.addressof, self.arguments))
         values = _Arguments(num_rows, len(self.kernels), ctypes.addressof(addresses), ctypes.addressof(pointers))
@@ -94,7 +124,10 @@ _recorded: Launches | None = None
 
 
 def record(body: Callable[[], torch.Tensor]) -> tuple[Launches, torch.Tensor]:
-    """Let `body` launch kernels, and note them instead of running them. Returns what it returns as well."""
+    """Let `body` launch kernels, and note them instead of running them. Returns what it returns as well.
+
+    The launches hold what `empty` gave to `body`; whatever else the kernels read or write, the caller must keep.
+    """
     global _recorded
     assert _recorded is None, "a recording within a recording"
     _recorded = launches = Launches()
@@ -106,18 +139,41 @@ def record(body: Callable[[], torch.Tensor]) -> tuple[Launches, torch.Tensor]:
 
 
 def launch(which: Kernel, threads: int, num_rows: int, *args: int, is_long: bool = False) -> None:
-    """Run a kernel in this many threads, and wait for it.
+    """Run a kernel in this many threads, and wait for it; within `record`, note it.
 
     Args:
+        args: of the kernel after `num_rows`, at most MAX_ARGUMENTS with it.
         is_long: may take over a millisecond, for which other threads of Python should not wait.
     """
     values = _Arguments(num_rows, *args)
+    address = which.address  # compiled when it is recorded, not in the first step
     if _recorded is not None:
         _recorded.kernels.append(which)
         _recorded.arguments.append(values)
         return
     library = _releasing if is_long else _holding
-    library.GOMP_parallel(ctypes.c_void_p(which.address), values, threads, 0)
+    library.GOMP_parallel(ctypes.c_void_p(address), values, threads, 0)
+
+
+def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    """Raises ValueError unless the tensor is contiguous, of this shape and type: kernels go wherever they are sent."""
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
+        raise refusal(name, tensor, f"contiguous {dtype} of shape {list(shape)}")
+
+
+def check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
+    """Raises ValueError unless the tensor is [T, size] float32, each row contiguous."""
+    shape = tensor.shape
+    is_right = len(shape) == 2 and shape[1] == size and tensor.dtype is torch.float32
+    # In this order, and with `len(tensor)` nowhere: these calls are as long as the rest of the check.
+    if not is_right or not (tensor.is_contiguous() or tensor.stride(1) == 1):
+        raise refusal(name, tensor, f"contiguous rows of torch.float32, shape [T, {size}]")
+
+
+def refusal(name: str, tensor: torch.Tensor, expected: str) -> ValueError:
+    """The error for a tensor that a kernel cannot take."""
+    found = f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())}"
+    return ValueError(f"{name}: expected {expected}, got {found}")
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -193,6 +249,24 @@ def float_of_bits(context: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), generate
+
+
+def _choice(instruction: str) -> Any:
+    @intrinsic
+    def choose(context: Any, a: Any, b: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 2)
+            return builder.call(cgutils.get_or_insert_function(builder.module, kind, instruction), args)
+
+        return types.float32(types.float32, types.float32), generate
+
+    return choose
+
+
+# The larger and the smaller of two float32, and NaN if one is. Loops with these become vector instructions, while those
+# with comparisons stay as they are.
+larger = _choice("llvm.maximum.f32")
+smaller = _choice("llvm.minimum.f32")
 
 
 @intrinsic

@@ -23,13 +23,16 @@ from worker_svc.cpu_kernels.launch import (
     Kernel,
     arguments,
     as_argument,
+    check_rows,
     floats,
     integers,
     kernel,
+    larger,
     launch,
     num_threads,
     number,
     prefetch,
+    refusal,
     thread_number,
 )
 
@@ -49,12 +52,13 @@ def _compiled(group: int, head_dim: int) -> Kernel:
     @kernel
     def paged_attention(pointer):
         args = arguments(pointer)
-        num_rows, num_kv_heads, num_slots, q_stride = args[0], args[1], args[2], args[3]
+        num_kv_heads, num_slots, q_stride = args[1], args[2], args[3]
         scale, soft_cap = np.float32(number(args[4])), np.float32(number(args[5]))
         keys = floats(args[6], (num_kv_heads, num_slots, head_dim))
         values = floats(args[7], (num_kv_heads, num_slots, head_dim))
         # Through one more address, so that a recorded launch finds the plan of the day.
-        plan = integers(args[8], 4)
+        plan = integers(args[8], 5)
+        num_rows = plan[4]
         rows, first_runs = integers(plan[0], num_rows), integers(plan[1], num_rows + 1)
         run_slots, run_counts = integers(plan[2], first_runs[num_rows]), integers(plan[3], first_runs[num_rows])
         weights = np.empty((group, TILE), np.float32)
@@ -97,7 +101,7 @@ def _compiled(group: int, head_dim: int) -> Kernel:
                                 weights[g, j] = soft_cap * (_ONE - _TWO / (exp(_TWO * x) + _ONE))
                         top = highest[g]
                         for j in range(count):
-                            top = weights[g, j] if weights[g, j] > top else top
+                            top = larger(weights[g, j], top)
                         # With all scores NaN or -inf there is none.
                         shrink = exp(highest[g] - top)
                         added = _ZERO
@@ -136,14 +140,9 @@ def _compiled(group: int, head_dim: int) -> Kernel:
 
 
 class RowPlan:
-    """Rows of a step and the runs of slots that each of them sees, for one window. It stays where it is when filled."""
+    """Rows of a step and the runs of slots that each of them sees, for one window."""
 
     def __init__(self, units: Iterable[Unit] = ()) -> None:
-        self.addresses = torch.zeros(4, dtype=torch.int64)
-        self.fill(units)
-
-    def fill(self, units: Iterable[Unit]) -> None:
-        """Make it the plan of all rows of these units."""
         rows: list[int] = []
         first_runs = [0]
         runs: list[tuple[int, int]] = []
@@ -155,7 +154,12 @@ class RowPlan:
         slots, counts = zip(*runs, strict=True) if runs else ((), ())
         self.num_rows, self.num_keys = len(rows), sum(counts)
         self._columns = [torch.tensor(column, dtype=torch.int64) for column in (rows, first_runs, slots, counts)]
-        self.addresses.copy_(torch.tensor([column.data_ptr() for column in self._columns]))
+        self.addresses = torch.tensor([*(column.data_ptr() for column in self._columns), len(rows)])
+
+    def take(self, other: RowPlan) -> None:
+        """Become this plan, in the place where recorded launches look for it."""
+        self._columns, self.num_rows, self.num_keys = other._columns, other.num_rows, other.num_keys
+        self.addresses.copy_(other.addresses)
 
 
 def _runs_of(unit: Unit, row: int) -> Sequence[tuple[int, int]]:
@@ -181,13 +185,23 @@ def paged_attention(
     Args:
         q: [T, H, D] float32; heads and channels of a row contiguous.
         kv: [2 * KH, N * S, D] float32, contiguous; one layer's cache, the step's own tokens already in it.
+        plan: of rows of q, each of which sees something, and of slots of kv.
         out: [T, H * D] float32, each row contiguous; the rows of the plan are written.
+        softmax_scale: what scores are multiplied by.
+        soft_cap: scores become cap * tanh(score / cap).
+
+    Raises:
+        ValueError: another shape, type or layout.
     """
     num_heads, num_slots, head_dim = kv.shape
     num_kv_heads = num_heads // 2
+    _, num_query_heads, width = q.shape
+    if num_query_heads % num_kv_heads or width != head_dim or q.stride()[1:] != (head_dim, 1):
+        raise refusal("q", q, f"rows of shape [any * {num_kv_heads}, {head_dim}], each contiguous")
+    check_rows("out", out, num_query_heads * head_dim)
     num_bytes = 2 * 4 * plan.num_keys * num_kv_heads * head_dim
     launch(
-        _compiled(q.shape[1] // num_kv_heads, head_dim),
+        _compiled(num_query_heads // num_kv_heads, head_dim),
         torch.get_num_threads(),
         plan.num_rows,
         num_kv_heads,

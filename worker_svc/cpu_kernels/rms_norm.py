@@ -1,4 +1,4 @@
-"""weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich 2019).
+"""weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich 2019), in float32.
 
 Reference: `backends.torch_layers.RmsNorm`.
 """
@@ -13,6 +13,7 @@ import torch
 from worker_svc.cpu_kernels.launch import (
     arguments,
     as_argument,
+    check_rows,
     empty_rows,
     floats,
     kernel,
@@ -46,19 +47,30 @@ class RmsNorm:
     """Of rows, or of each of several heads in a row."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        """`weight`: [E] or [heads, D], float32."""
+        """`weight`: [E] or [heads, D], on the CPU; a copy is kept if it is not contiguous float32."""
         self._weight = weight.float().contiguous()
-        self._shape = (1, len(weight)) if weight.dim() == 1 else tuple(weight.shape)
-        self._constants = (*self._shape, as_argument(eps), self._weight.data_ptr())
+        num_heads, size = (1, len(weight)) if weight.dim() == 1 else weight.shape
+        self._width = num_heads * size
+        self._constants = (num_heads, size, as_argument(eps), self._weight.data_ptr())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`: [T, E] float32, rows contiguous; returns [T, E]."""
+        """`x`: [T, E] or [T, heads * D] float32, each row contiguous; returns the same shape, as `empty_rows` gives it.
+
+        Raises:
+            ValueError: another shape, type or layout.
+        """
+        check_rows("x", x, self._width)
         out = empty_rows(*x.shape)
         self._run(x, out)
         return out
 
     def norm_(self, x: torch.Tensor) -> None:
-        """The same in place. `x`: [T, any], of which the first heads * D of a row, contiguous, are normed."""
+        """The same in place. `x`: [T, any] float32, each row contiguous, of which the first heads * D are normed.
+
+        Raises:
+            ValueError: fewer, or another type or layout.
+        """
+        check_rows("x", x, max(self._width, x.shape[-1]))
         self._run(x, x)
 
     def _run(self, x: torch.Tensor, out: torch.Tensor) -> None:

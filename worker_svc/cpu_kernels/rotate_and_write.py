@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021) for q and k, and K and V into the paged cache, in one pass.
+"""Rotary positions (Su et al. 2021) for q and k, and K and V into the paged cache, in one pass in float32.
 
 Reference: `rope.rotate_` and a copy into the cache.
 """
@@ -9,6 +9,7 @@ import torch
 
 from worker_svc.cpu_kernels.launch import (
     arguments,
+    check,
     floats,
     integers,
     kernel,
@@ -45,28 +46,37 @@ def rotate_and_write(qkv: torch.Tensor, turns: torch.Tensor, slots: torch.Tensor
 
     Args:
         qkv: [T, (H + 2 * KH) * D] float32, contiguous; heads of q, k and v, channels of rotated ones interleaved.
-        turns: [T, 1, P / 2] complex64.
-        slots: [T] int64.
+        turns: [T, 1, P / 2] complex64, contiguous, P <= D; channels of a head from P on stay as they are.
+        slots: [T] int64, from 0 to N * S - 1, no two alike: nothing here looks whether they are.
         kv: [2 * KH, N * S, D] float32, contiguous.
 
     Returns:
         q: [T, H, D], a view of `qkv`.
+
+    Mutates:
+        qkv, and the rows `slots` of kv.
+
+    Raises:
+        ValueError: another shape, type or layout.
     """
     num_heads, num_slots, size = kv.shape
-    heads = qkv.view(len(qkv), -1, size)
-    num_query_heads = heads.shape[1] - num_heads
+    num_rows, num_pairs = len(qkv), min(turns.shape[-1], size // 2)
+    num_query_heads = max(1, qkv.shape[-1] // size - num_heads)
+    check("qkv", qkv, (num_rows, (num_query_heads + num_heads) * size))
+    check("turns", turns, (num_rows, 1, num_pairs), torch.complex64)
+    check("slots", slots, (num_rows,), torch.int64)
     launch(
         _rotate_and_write,
         threads_for(qkv.numel()),
-        len(qkv),
+        num_rows,
         num_query_heads,
         num_heads // 2,
         size,
-        turns.shape[-1],
+        num_pairs,
         num_slots,
         slots.data_ptr(),
         turns.data_ptr(),
         kv.data_ptr(),
         qkv.data_ptr(),
     )
-    return heads[:, :num_query_heads]
+    return qkv.view(num_rows, num_query_heads + num_heads, size)[:, :num_query_heads]

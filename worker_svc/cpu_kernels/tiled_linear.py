@@ -19,7 +19,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from worker_svc.cpu_kernels.launch import arguments, empty, floats, kernel, launch, num_threads, thread_number
+from worker_svc.cpu_kernels.launch import (
+    arguments,
+    check,
+    check_rows,
+    empty,
+    floats,
+    kernel,
+    launch,
+    num_threads,
+    thread_number,
+)
 
 # Values of a vector register, and rows whose sums, two vectors each, fill the registers there are.
 LANES, MAX_TILE_ROWS = (16, 12) if binding.get_host_cpu_features().get("avx512f") else (8, 6)
@@ -32,29 +42,39 @@ UNROLL: Final = 4
 _LONG: Final = 100_000_000
 
 
-def _tile(num_rows: int) -> Any:
+def make_tile(num_rows: int) -> Any:
     """The inner loop for this many rows: sums[r, c] = sum over k of x[r, k] * panel[k, c], c < PANEL."""
 
     @intrinsic
-    def multiply(context: Any, x: Any, stride: Any, panel: Any, size: Any, sums: Any, sums_stride: Any) -> Any:
-        """Addresses, and bytes from one row to the next; `size`: channels, a multiple of UNROLL."""
+    def multiply(
+        context: Any, x: Any, x_stride: Any, panel: Any, panel_stride: Any, size: Any, sums: Any, sums_stride: Any
+    ) -> Any:
+        """Addresses, and bytes from one row of each to the next; `size`: channels, a multiple of UNROLL."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _generate_tile(builder, num_rows, *args)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), generate
+        return types.void(*[types.int64] * 7), generate
 
     return multiply
 
 
 def _generate_tile(
-    builder: Any, num_rows: int, x: Any, stride: Any, panel: Any, size: Any, sums: Any, sums_stride: Any
+    builder: Any,
+    num_rows: int,
+    x: Any,
+    x_stride: Any,
+    panel: Any,
+    panel_stride: Any,
+    size: Any,
+    sums: Any,
+    sums_stride: Any,
 ) -> None:
     int64, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
     kind = ir.FunctionType(vector, [vector] * 3)
     multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
-    rows = [builder.add(x, builder.mul(stride, int64(row))) for row in range(num_rows)]
+    rows = [builder.add(x, builder.mul(x_stride, int64(row))) for row in range(num_rows)]
     before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
     builder.branch(loop)
     builder.position_at_end(loop)
@@ -64,11 +84,12 @@ def _generate_tile(
     totals: list[list[Any]] = [list(pair) for pair in phis]
     for offset in range(UNROLL):
         channel = builder.add(k, int64(offset))
-        line = builder.add(panel, builder.mul(channel, int64(4 * PANEL)))
-        weights = [_load(builder, builder.add(line, int64(4 * LANES * half)), vector, 64) for half in range(2)]
+        line = builder.add(panel, builder.mul(channel, panel_stride))
+        halves = [builder.add(line, int64(4 * LANES * half)) for half in range(2)]
+        weights = [load_from(builder, half, vector, 4) for half in halves]
         for row, address in enumerate(rows):
-            value = _load(builder, builder.add(address, builder.mul(channel, int64(4))), ir.FloatType(), 4)
-            spread = _spread(builder, value, vector)
+            value = load_from(builder, builder.add(address, builder.mul(channel, int64(4))), ir.FloatType(), 4)
+            spread = spread_over(builder, value, vector)
             for half in range(2):
                 totals[row][half] = builder.call(multiply_add, [spread, weights[half], totals[row][half]])
     following = builder.add(k, int64(UNROLL))
@@ -85,13 +106,14 @@ def _generate_tile(
             builder.store(end, builder.inttoptr(target, vector.as_pointer())).align = 4
 
 
-def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+def load_from(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    """What is at an address, a multiple of `align`."""
     loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
     loaded.align = align
     return loaded
 
 
-def _spread(builder: Any, value: Any, vector: Any) -> Any:
+def spread_over(builder: Any, value: Any, vector: Any) -> Any:
     """A vector of one value."""
     int32 = ir.IntType(32)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, int32(0))
@@ -99,8 +121,9 @@ def _spread(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
 
 
-_tile_1, _tile_2, _tile_3, _tile_4, _tile_6 = (_tile(rows) for rows in (1, 2, 3, 4, 6))
-_tile_8, _tile_12 = (_tile(min(rows, MAX_TILE_ROWS)) for rows in (8, 12))
+tile_1, tile_2, tile_3, tile_4, tile_6 = (make_tile(rows) for rows in (1, 2, 3, 4, 6))
+# Of registers that hold only 6 rows these are never asked for.
+tile_8, tile_12 = (make_tile(min(rows, MAX_TILE_ROWS)) for rows in (8, 12))
 
 
 @kernel
@@ -109,8 +132,6 @@ def _linear(pointer):
     num_rows, num_columns, size = args[0], args[1], args[2]
     x, weight, stride = args[3], args[4], 4 * args[8]
     out = floats(args[5], (num_rows, num_columns))
-    bias = floats(args[6], num_columns)
-    residual = floats(args[7], (num_rows, num_columns))
     has_bias, has_residual = args[6] != 0, args[7] != 0
     # The columns of a panel that is not whole.
     rest = np.empty((MAX_TILE_ROWS, PANEL), np.float32)
@@ -130,56 +151,70 @@ def _linear(pointer):
             first = min(begin, num_rows - tile)
             begin = first + tile
             source = x + first * stride
-            target, target_stride = args[5] + 4 * (first * num_columns + first_column), 4 * num_columns
+            sums, sums_stride = args[5] + 4 * (first * num_columns + first_column), 4 * num_columns
             if count < PANEL:
-                target, target_stride = rest.ctypes.data, 4 * PANEL
+                sums, sums_stride = np.int64(rest.ctypes.data), 4 * PANEL
             if tile == 1:
-                _tile_1(source, stride, address, size, target, target_stride)
+                tile_1(source, stride, address, 4 * PANEL, size, sums, sums_stride)
             elif tile == 2:
-                _tile_2(source, stride, address, size, target, target_stride)
+                tile_2(source, stride, address, 4 * PANEL, size, sums, sums_stride)
             elif tile == 3:
-                _tile_3(source, stride, address, size, target, target_stride)
+                tile_3(source, stride, address, 4 * PANEL, size, sums, sums_stride)
             elif tile == 4:
-                _tile_4(source, stride, address, size, target, target_stride)
+                tile_4(source, stride, address, 4 * PANEL, size, sums, sums_stride)
             elif tile == 6:
-                _tile_6(source, stride, address, size, target, target_stride)
+                tile_6(source, stride, address, 4 * PANEL, size, sums, sums_stride)
             elif tile == 8:
-                _tile_8(source, stride, address, size, target, target_stride)
+                tile_8(source, stride, address, 4 * PANEL, size, sums, sums_stride)
             else:
-                _tile_12(source, stride, address, size, target, target_stride)
+                tile_12(source, stride, address, 4 * PANEL, size, sums, sums_stride)
             if count < PANEL:
                 for row in range(tile):
                     for i in range(count):
                         out[first + row, first_column + i] = rest[row, i]
-            if has_bias:
-                for row in range(first, first + tile):
-                    for i in range(first_column, first_column + count):
-                        out[row, i] += bias[i]
-            if has_residual:
-                for row in range(first, first + tile):
-                    for i in range(first_column, first_column + count):
-                        out[row, i] += residual[row, i]
+            for row in range(first, first + tile):
+                # A view for each, since of loops that begin at 0 the compiler knows that no index is negative.
+                target = floats(args[5] + 4 * (row * num_columns + first_column), count)
+                if has_bias:
+                    bias = floats(args[6] + 4 * first_column, count)
+                    for i in range(count):
+                        target[i] += bias[i]
+                if has_residual:
+                    residual = floats(args[7] + 4 * (row * num_columns + first_column), count)
+                    for i in range(count):
+                        target[i] += residual[i]
 
 
 class TiledLinear:
     """A packed weight."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """`weight`: [out, in] float32, as `can_tile` wants it; `bias`: [out]."""
+        """`weight`: [out, in] float32, of which a packed copy is kept; `bias`: [out].
+
+        Raises:
+            ValueError: a weight that `can_tile` does not want, or a bias of another shape.
+        """
+        if not can_tile(weight):
+            found = f"{weight.dtype} of shape {list(weight.shape)} on {weight.device}"
+            raise ValueError(f"weight: {found}, expected torch.float32 of shape [out, {UNROLL} * any] on cpu")
         self._num_columns, self._size = weight.shape
+        if bias is not None and bias.shape != (self._num_columns,):
+            raise ValueError(f"bias: shape {list(bias.shape)}, expected [{self._num_columns}]")
         self._panels = _pack(weight)
         self._bias = None if bias is None else bias.float().contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`: [T, in] float32, each row contiguous; returns [T, out]."""
+        """`x`: [T, in] float32, each row contiguous; returns [T, out]. Raises ValueError for any other."""
         return self._run(x, 0)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`residual`: [T, out] float32, contiguous; returns the sum."""
+        """`residual`: [T, out] float32, contiguous; returns the sum. Raises ValueError for any other."""
+        check("residual", residual, (len(x), self._num_columns))
         return self._run(x, residual.data_ptr())
 
     def _run(self, x: torch.Tensor, residual: int) -> torch.Tensor:
         num_rows, num_columns, size = len(x), self._num_columns, self._size
+        check_rows("x", x, size)
         out = empty(num_rows, num_columns)
         launch(
             _linear,

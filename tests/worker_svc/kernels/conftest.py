@@ -1,8 +1,7 @@
-"""What kernel tests share: memory that nobody wrote is not a number, and casts that round as a device rounds."""
+"""What kernel tests share: casts and products that round as a device rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,22 +9,6 @@ import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-
-
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch allocates without a value with NaN, so that an output left unwritten shows."""
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
-
-
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def allocate_poisoned(*arguments: Any, **options: Any) -> torch.Tensor:
-        tensor = allocate(*arguments, **options)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    return allocate_poisoned
 
 
 @pytest.fixture
