@@ -105,7 +105,7 @@ class Runner:
                 linears of int8.
             kv_memory: as `memory.kv_bytes` wants it.
             threads: of the CPU for a large step; 0 leaves the mesh its share.
-            kernels: "torch" or "triton"; "auto" is Triton on a GPU.
+            kernels: "torch", "triton" or "numba"; "auto" is Triton on a GPU, numba on a CPU in float32.
             quantize: "int8", "int4" or "fp8", which float weights of linears become, or "none".
             more_block_bytes: that another model needs for each block, out of the same memory.
             on_progress: called with the share of the weights loaded so far.

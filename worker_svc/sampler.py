@@ -26,6 +26,8 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.messages import ErrorInfo, SamplingParams
+from worker_svc.cpu_kernels.greedy import greedy
+from worker_svc.cpu_kernels.launch import IS_AVAILABLE
 from worker_svc.penalties import Penalties
 from worker_svc.sampled_rows import (
     Rows,
@@ -95,15 +97,12 @@ class Sampler:
         """
         batch = self._batch_of(logits, sequences)
         drawn = batch if drafts is None else batch.with_drafts(drafts)
-        # One pass that is not finite if any logit is not.
-        is_bad = ~torch.isfinite(logits.sum(dim=1))
-        errors = _errors(is_bad)
-        if errors:
-            logits = logits.masked_fill(is_bad[:, None], 0.0)
-        raw = logits.clone() if drawn.logprobs and drawn.changes_logits else logits
-        drawn.adjust(logits)
-        token_ids = self.last_token_ids = drawn.choose(logits)
-        logprobs = look_up_logprobs(raw, token_ids, drawn.logprobs)
+        if drawn.is_greedy(len(logits)) and logits.device.type == "cpu" and IS_AVAILABLE:
+            token_ids, is_bad = greedy(logits)
+            errors, logprobs = _errors(is_bad), None
+        else:
+            token_ids, errors, logprobs = _sample(logits, drawn)
+        self.last_token_ids = token_ids
         if drafts is None:
             batch.advance(token_ids)
         return Sampling(token_ids, errors, logprobs)
@@ -129,6 +128,19 @@ class Sampler:
             batch = self._batch = _Batch.of(list(sequences), logits.device, logits.shape[1], self.last_token_ids)
         batch.positions = [sequence.num_output_tokens for sequence in sequences]
         return batch
+
+
+def _sample(logits: Tensor, drawn: _Batch) -> tuple[Tensor, dict[int, ErrorInfo], LogprobTensors | None]:
+    """The tokens of all rows, errors of some, and logprobs where they are wanted. `logits` may be overwritten."""
+    # One pass that is not finite if any logit is not.
+    is_bad = ~torch.isfinite(logits.sum(dim=1))
+    errors = _errors(is_bad)
+    if errors:
+        logits = logits.masked_fill(is_bad[:, None], 0.0)
+    raw = logits.clone() if drawn.logprobs and drawn.changes_logits else logits
+    drawn.adjust(logits)
+    token_ids = drawn.choose(logits)
+    return token_ids, errors, look_up_logprobs(raw, token_ids, drawn.logprobs)
 
 
 def _errors(is_bad: Tensor) -> dict[int, ErrorInfo]:
@@ -234,6 +246,10 @@ class _Batch:
     @property
     def changes_logits(self) -> bool:
         return bool(self.penalized or self.bias or self.held_back)
+
+    def is_greedy(self, num_rows: int) -> bool:
+        """Whether all rows take the likeliest token as it is, and nobody asks how likely that is."""
+        return self.greedy.size == num_rows and not self.changes_logits and not self.logprobs
 
     def has_diverged(self) -> bool:
         """Whether it matters that a sequence went another way than `advance` foresaw, and one did."""

@@ -1,8 +1,8 @@
-"""Attention over runs of slots against gathering keys and values, and the two ways to compute it."""
+"""Attention: the backend's kernels against torch over runs of slots, and against gathering keys and values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,19 @@ from lab.engine.models import NANO, SMALL, Shape
 from lab.engine.race import race, rivals
 from lab.report import Figure
 from weft.hashing import BLOCK_SIZE
-from worker_svc.attention import attend
-from worker_svc.attention_plan import find_families, plan_units
+from worker_svc import attention
+from worker_svc.attention_plan import Unit, find_families, plan_units
 from worker_svc.backends.backend import AttentionKind
+from worker_svc.cpu_kernels.attention import AttentionPlan, attend
+from worker_svc.cpu_kernels.launch import record
+from worker_svc.runner import MAX_RECORDED_ROWS
 from worker_svc.step_input import StepInput
 
 # So many layers in turn that their caches do not stay in the processor's.
 NUM_LAYERS = 4
+ROUNDS = 21
+# Prefills are as fast by torch, after long contexts.
+DECODE_BAR, PREFILL_BAR = 1.0, 0.97
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +59,30 @@ CASES = (
     Case(SMALL, 1, 192, 1),
     Case(SMALL, 1, 4000, 1),
     Case(SMALL, 16, 160, 1),
+    Case(SMALL, 16, 1024, 1),
     Case(SMALL, 16, 1056, 1, num_shared=1024),
-    Case(SMALL, 2, 0, 128),
-    Case(SMALL, 1, 4096, 256),
+    Case(SMALL, 1, 0, 256),
+    Case(SMALL, 1, 768, 256),
+    Case(SMALL, 1, 2048, 256),
     Case(SMALL, 8, 1024, 32, num_shared=1024),
     Case(NANO, 1, 192, 1),
     Case(NANO, 16, 160, 1),
 )
 
 
-def runs_against_gathering() -> list[Figure]:
-    """A layer's attention by runs, and by a copy of all keys and values for torch's own attention."""
+def kernels_against_torch() -> list[Figure]:
+    """A layer's attention by kernels, by torch's products of matrices, and by a copy of all keys and values."""
     figures = []
     for case in CASES:
-        times = race({"runs": _by_runs(case, case.step()), "gathering": _by_gathering(case)}, 7)
-        figures += rivals(f"attention of {case}", times, "runs")
+        step = case.step()
+        units = plan_units(find_families(step), step, None)
+        ways = {
+            "kernels": _by_kernels(case, step, units),
+            "torch over runs": _by_torch(case, step, units),
+            "gathering": _by_gathering(case, step),
+        }
+        bar = DECODE_BAR if case.num_queries == 1 else PREFILL_BAR
+        figures += rivals(f"attention of {case}", race(ways, ROUNDS), "kernels", bar)
     return figures
 
 
@@ -77,24 +92,45 @@ def few_runs_against_many() -> list[Figure]:
     together, in_turn = case.step(), case.step()
     for i, table in enumerate(in_turn.block_tables):
         table[:] = [i + case.num_sequences * number for number in range(len(table))]
-    times = race({"blocks together": _by_runs(case, together), "blocks in turn": _by_runs(case, in_turn)}, 7)
-    return rivals(f"attention of {case}", times, "blocks together")
+    steps = {"blocks together": together, "blocks in turn": in_turn}
+    ways = {
+        name: _by_kernels(case, step, plan_units(find_families(step), step, None)) for name, step in steps.items()
+    }
+    return rivals(f"attention of {case}", race(ways, ROUNDS), "blocks together")
 
 
-def _by_runs(case: Case, step: StepInput) -> Callable[[], None]:
+def _by_kernels(case: Case, step: StepInput, units: Sequence[Unit]) -> Callable[[], object]:
+    """As in a step: few rows are recorded launches, many are launched one by one."""
     q, caches, kind = _tensors(case, step)
-    units = plan_units(find_families(step), step, None)
+    plan = AttentionPlan(units)
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return [attend(q, cache, plan, kind) for cache in caches][-1]
+
+    if len(q) > MAX_RECORDED_ROWS:
+        return run
+    launches, _ = record(run)
+
+    def replay() -> object:
+        # Launches hold addresses, of tensors that `run` keeps.
+        return launches.run(torch.get_num_threads(), len(q)), run
+
+    return replay
+
+
+def _by_torch(case: Case, step: StepInput, units: Sequence[Unit]) -> Callable[[], None]:
+    q, caches, kind = _tensors(case, step)
 
     @torch.inference_mode()
     def run() -> None:
         for cache in caches:
-            attend(q, cache, units, kind)
+            attention.attend(q, cache, units, kind)
 
     return run
 
 
-def _by_gathering(case: Case) -> Callable[[], None]:
-    step = case.step()
+def _by_gathering(case: Case, step: StepInput) -> Callable[[], None]:
     q, caches, kind = _tensors(case, step)
     shape, count, length = case.shape, case.num_sequences, step.seq_lens[0]
     slots = torch.tensor(

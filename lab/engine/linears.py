@@ -1,8 +1,9 @@
-"""Linears: oneDNN's own layout against torch's, padded rows, and int8 by fbgemm against its rivals."""
+"""Linears: the backend's own tiles against oneDNN's and fbgemm's, in float32 and int8."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -10,54 +11,61 @@ import torch.nn.functional as F
 from lab.engine.models import SMALL
 from lab.engine.race import race, rivals
 from lab.report import Figure
-from worker_svc.backends.backend import Linear
-from worker_svc.backends.torch_layers import Int8Linear, PackedLinear, can_pack, make_linear
+from worker_svc.backends.numba_backend import NumbaBackend
+from worker_svc.backends.torch_layers import Int8Linear, PackedLinear, can_multiply_int8, can_pack
+from worker_svc.cpu_kernels.int8_linear import TiledInt8Linear
 from worker_svc.quantization import Int8Weight, quantize_int8
 
-ROWS = (1, 2, 4, 16, 256)
 Apply = Callable[[torch.Tensor], torch.Tensor]
+
+ROUNDS: Final = 9
+CPU: Final = torch.device("cpu")
+BACKEND: Final = NumbaBackend(CPU, torch.float32)
+# By rows, how many times as long rivals have to take; for many rows they are as fast, but for noise.
+FLOAT_BARS: Final = {1: 1.1, 4: 1.1, 16: 1.05, 64: 0.97, 256: 0.97}
+INT8_BARS: Final = {1: 1.1, 4: 1.1, 16: 1.1, 64: 0.97, 256: 0.97}
 
 
 def float_linears() -> list[Figure]:
     """All linears of `small` but the last, one after the other as in a step: 302 MB of weights."""
-    weights = [torch.randn(shape) for _ in range(SMALL.num_layers) for shape in SMALL.linears]
-    chosen = [make_linear(weight) for weight in weights]
+    weights = _weights()
     kinds: dict[str, list[Apply]] = {
-        "as chosen": list(chosen),
+        "tiles": [BACKEND.linear(weight, None) for weight in weights],
         "F.linear": [_plain(weight) for weight in weights],
     }
     if can_pack(weights[0]):
-        kinds["packed, rows as they are"] = [_unpadded(linear) for linear in chosen]
-    figures = []
-    for num_rows in ROWS:
-        times = race(_passes(kinds, weights, num_rows), 5)
-        # From as many rows on as are padded to, the two are one.
-        if num_rows >= 4:
-            times.pop("packed, rows as they are", None)
-        figures += rivals(f"float32 linears, {num_rows} rows", times, "as chosen")
-    return figures
+        kinds["oneDNN, packed"] = [PackedLinear(weight, None) for weight in weights]
+    return _compare("float32 linears", kinds, weights, FLOAT_BARS)
 
 
 def int8_linears() -> list[Figure]:
-    """The same in int8. Torch's dynamic linear has one scale for all rows, so it is no choice, and has no bar."""
-    weights = [torch.randn(shape) for _ in range(SMALL.num_layers) for shape in SMALL.linears]
+    """The same in int8, on a CPU with the instructions for it."""
+    weights = _weights()
     quantized = [quantize_int8(weight) for weight in weights]
-    chosen = [make_linear(weight) for weight in quantized]
-    if not isinstance(chosen[0], Int8Linear):
+    chosen = [BACKEND.linear(weight, None) for weight in quantized]
+    if not isinstance(chosen[0], TiledInt8Linear):
         return []
     kinds: dict[str, list[Apply]] = {
-        "int8 by fbgemm": list(chosen),
-        "int8 by oneDNN": [_onednn(weight) for weight in quantized],
-        "float32": [make_linear(weight) for weight in weights],
+        "tiles": list(chosen),
+        "oneDNN": [_onednn(weight) for weight in quantized],
+        "float32": [BACKEND.linear(weight, None) for weight in weights],
     }
+    if can_multiply_int8(CPU):
+        kinds["fbgemm"] = [Int8Linear(weight, None) for weight in quantized]
+    return _compare("int8 linears", kinds, weights, INT8_BARS)
+
+
+def _weights() -> list[torch.Tensor]:
+    return [torch.randn(shape) for _ in range(SMALL.num_layers) for shape in SMALL.linears]
+
+
+def _compare(
+    what: str, kinds: dict[str, list[Apply]], weights: list[torch.Tensor], bars: Mapping[int, float]
+) -> list[Figure]:
     figures = []
-    for num_rows in ROWS:
-        times = race(_passes(kinds, weights, num_rows), 5)
-        # oneDNN is the faster of the two for many rows; decodes, of which there are more, are why it was not chosen.
-        onednn = {name: times[name] for name in ("int8 by fbgemm", "int8 by oneDNN")}
-        figures += rivals(f"int8 linears, {num_rows} rows", onednn, "int8 by fbgemm", 1.0 if num_rows == 1 else None)
-        others = {name: times[name] for name in ("int8 by fbgemm", "float32")}
-        figures += rivals(f"int8 linears, {num_rows} rows", others, "int8 by fbgemm")
+    for num_rows, bar in bars.items():
+        times = race(_passes(kinds, weights, num_rows), ROUNDS)
+        figures += rivals(f"{what}, {num_rows} rows", times, "tiles", bar)
     return figures
 
 
@@ -77,11 +85,6 @@ def _passes(kinds: dict[str, list[Apply]], weights: list[torch.Tensor], num_rows
 
 def _plain(weight: torch.Tensor) -> Apply:
     return lambda x: F.linear(x, weight)
-
-
-def _unpadded(linear: Linear) -> Apply:
-    assert isinstance(linear, PackedLinear)
-    return linear._apply
 
 
 def _onednn(weight: Int8Weight) -> Apply:

@@ -23,6 +23,12 @@ class Shape:
     head_dim: int
     intermediate_size: int
     vocab_size: int
+    max_len: int = 4096
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token in a KV cache in float32."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * 4
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -53,7 +59,7 @@ def folder(shape: Shape) -> Iterator[Path]:
         "head_dim": shape.head_dim,
         "intermediate_size": shape.intermediate_size,
         "vocab_size": shape.vocab_size,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": shape.max_len,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }

@@ -1,4 +1,4 @@
-"""Whole engines, a process each: threads, what libraries are told at their start, and types."""
+"""Whole engines, a process each: kernels, threads, what libraries are told at their start, and types."""
 
 from __future__ import annotations
 
@@ -36,8 +36,20 @@ class Workload:
 W1: Final = Workload("W1", 1, 0, 128, 128)
 W2: Final = Workload("W2", 16, 0, 128, 64)
 W3: Final = Workload("W3", 16, 1024, 32, 16)
+# What kernels are worth for each.
+NANO_BARS: Final = {W1: 1.0, W2: 1.0, W3: 1.0}
+SMALL_BARS: Final = {W1: 1.0, W2: 1.0, W3: 1.0}
 # 1.5 is what int8 is worth at the least; its first token comes twice as soon.
 INT8_BARS: Final = {W1: 1.0, W2: 1.5, W3: 1.0}
+
+
+def kernels() -> list[Figure]:
+    """The backend's own kernels and recorded steps against torch's."""
+    figures = []
+    for shape, bars in ((NANO, NANO_BARS), (SMALL, SMALL_BARS)):
+        with _engines(shape, {"numba": ("--kernels", "numba"), "torch": ("--kernels", "torch")}) as engines:
+            figures += _compare(shape, engines, "numba", bars)
+    return figures
 
 
 def threads() -> list[Figure]:

@@ -22,6 +22,7 @@ Compiled code is kept beside the source, or where `NUMBA_CACHE_DIR` says, for as
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -107,7 +108,16 @@ class Launches:
 
     kernels: list[Kernel] = field(default_factory=list)
     arguments: list[Any] = field(default_factory=list)
-    tensors: list[torch.Tensor] = field(default_factory=list)  # that must not go
+    buffers: list[torch.Tensor] = field(default_factory=list)  # what the kernels write
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in a buffer that no tensor is in any more: kernels run in order, as tensors come and go."""
+        size = math.prod(shape)
+        for buffer in self.buffers:
+            if buffer.numel() == size and buffer.dtype is dtype and _num_users(buffer) == 1:
+                return buffer.view(shape)
+        self.buffers.append(torch.empty(size, dtype=dtype))
+        return self.buffers[-1].view(shape)
 
     def run(self, threads: int, num_rows: int) -> None:
         """All of them in one call, which other threads of Python do not wait for.
@@ -120,13 +130,21 @@ class Launches:
         _releasing.GOMP_parallel(ctypes.c_void_p(_run_all.address), values, threads, 0)
 
 
+def _num_users(tensor: torch.Tensor) -> int:
+    """Tensors in the same memory, this one included."""
+    storage = tensor.untyped_storage()
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count - 1  # of them is `storage`
+
+
 _recorded: Launches | None = None
 
 
 def record(body: Callable[[], torch.Tensor]) -> tuple[Launches, torch.Tensor]:
     """Let `body` launch kernels, and note them instead of running them. Returns what it returns as well.
 
-    The launches hold what `empty` gave to `body`; whatever else the kernels read or write, the caller must keep.
+    The launches keep the memory that `empty` gave to `body`, and use it again when no tensor is in it any more; whatever
+    else the kernels read or write, the caller must keep.
     """
     global _recorded
     assert _recorded is None, "a recording within a recording"
@@ -178,10 +196,7 @@ def refusal(name: str, tensor: torch.Tensor, expected: str) -> ValueError:
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor for a kernel to write."""
-    tensor = torch.empty(shape, dtype=dtype)
-    if _recorded is not None:
-        _recorded.tensors.append(tensor)
-    return tensor
+    return torch.empty(shape, dtype=dtype) if _recorded is None else _recorded.allocate(shape, dtype)
 
 
 def empty_rows(num_rows: int, size: int) -> torch.Tensor:

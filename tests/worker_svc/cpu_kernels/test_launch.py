@@ -151,13 +151,21 @@ def test_recording_within_a_recording_is_refused_and_ends_with_its_error() -> No
     assert len(record(lambda: add(torch.zeros(1), 1.0))[0].kernels) == 1
 
 
-def test_recorded_launches_keep_their_tensors() -> None:
-    def body() -> torch.Tensor:
-        return add(torch.view_as_complex(empty(4, 2)).real, 1.0)
+def test_recorded_launches_keep_their_memory_and_use_it_again() -> None:
+    ones = torch.ones(4)
 
-    launches, out = record(body)
-    assert [list(tensor.shape) for tensor in launches.tensors] == [[4, 2], [4]]
-    assert launches.tensors[1] is out
+    def body() -> torch.Tensor:
+        x, held = add(ones, 1.0), add(ones, 2.0).view(2, 2)
+        for _ in range(4):
+            x = add(x, 1.0)
+        return add(x, 0.0) + held.view(4)[0] * 0
+
+    launches, _ = record(body)
+    # Of the sum so far, of the one before it, and of what is still held.
+    assert len(launches.buffers) == 3
+    launches, out = record(lambda: add(add(add(add(ones, 1.0), 1.0), 1.0), 1.0))
+    launches.run(1, 4)
+    assert out.tolist() == [5.0] * 4
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1000, 1000), (1024, 1040), (2048, 2064), (512, 512)])
