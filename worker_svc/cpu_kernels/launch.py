@@ -16,7 +16,8 @@ A kernel is a function of one pointer, to integers: the number of rows, sizes, a
 
     launch(_double, threads_for(x.numel()), *x.shape, x.data_ptr())
 
-Compiled code is kept beside the source, or where `NUMBA_CACHE_DIR` says, for as long as no file of this folder changes.
+Compiled code is kept beside the source, or in the user's cache where that cannot be written, or where `NUMBA_CACHE_DIR`
+says; it counts for as long as no file of this folder changes.
 """
 
 from __future__ import annotations
@@ -78,17 +79,20 @@ def kernel(body: Callable[[Any], None]) -> Kernel:
     return Kernel(body)
 
 
-def _cache_folder() -> str:
-    """Where compiled code is kept: numba itself would not notice a change in what a kernel imports."""
-    folder = Path(__file__).parent
+def _cache_folder() -> Path:
+    """Where compiled code is kept, for each state of the source a place: numba would look at a kernel's own file only."""
+    here = Path(__file__).parent
     digest = blake2b(digest_size=8)
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(here.glob("*.py")):
         digest.update(path.read_bytes())
-    parent = Path(os.environ.get("NUMBA_CACHE_DIR") or folder / "__pycache__")
-    return str(parent / f"numba-{digest.hexdigest()}")
+    if "NUMBA_CACHE_DIR" in os.environ:
+        parent = Path(os.environ["NUMBA_CACHE_DIR"])
+    else:
+        parent = here / "__pycache__" if os.access(here, os.W_OK) else Path.home() / ".cache/weft"
+    return parent / f"numba-{digest.hexdigest()}"
 
 
-numba.config.CACHE_DIR = _cache_folder()
+numba.config.CACHE_DIR = str(_cache_folder())
 
 
 def _compile(body: Callable[[Any], None]) -> Any:
@@ -143,7 +147,7 @@ _recorded: Launches | None = None
 def record(body: Callable[[], torch.Tensor]) -> tuple[Launches, torch.Tensor]:
     """Let `body` launch kernels, and note them instead of running them. Returns what it returns as well.
 
-    The launches keep the memory that `empty` gave to `body`, and use it again when no tensor is in it any more; whatever
+    The launches keep the memory that `empty` gave to `body`, and use it again when no tensor is in it; whatever
     else the kernels read or write, the caller must keep.
     """
     global _recorded
