@@ -80,7 +80,7 @@ def kernel(body: Callable[[Any], None]) -> Kernel:
 
 
 def _cache_folder() -> Path:
-    """Where compiled code is kept, for each state of the source a place: numba would look at a kernel's own file only."""
+    """Where compiled code is kept, each state of the source apart: numba would look at a kernel's own file only."""
     here = Path(__file__).parent
     digest = blake2b(digest_size=8)
     for path in sorted(here.glob("*.py")):
