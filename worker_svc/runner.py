@@ -175,7 +175,7 @@ class Runner:
             last_tokens: [any] int64 on the device; what the step's pending tokens are taken from.
 
         Returns:
-            Logits: [len(logit_rows), V] float32, on the device.
+            Logits: [len(logit_rows), V] float32, on the device; the next step may overwrite them.
         """
         torch.set_num_threads(self._threads.choose(step))
         logits = None if self._known_steps is None else self._known_steps.replay(step, last_tokens)

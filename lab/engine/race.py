@@ -11,9 +11,14 @@ from lab.report import Figure, median_figure, say
 Times = Mapping[str, list[float]]
 
 
-def race(variants: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[str, list[float]]:
-    """Seconds of each round of each variant; the order turns round, since each finds what the one before left."""
-    for variant in variants.values():
+def race(
+    variants: Mapping[str, Callable[[], object]], rounds: int = 9, *, is_warm: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each round of each variant; the order turns round, since each finds what the one before left.
+
+    `is_warm`: no variant has anything left to do once; else each has a round more, which is not counted.
+    """
+    for variant in () if is_warm else variants.values():
         variant()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
