@@ -24,7 +24,7 @@ WORKDIR /home/weft
 
 FROM base AS worker
 # As `weft up` has it (weft/up.py says why).
-ENV GOMP_SPINCOUNT=20000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+ENV GOMP_SPINCOUNT=3000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG TORCH=torch==2.13.0

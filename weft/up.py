@@ -49,9 +49,9 @@ _MODULES: Final[Mapping[Role, str]] = {
 }
 # What a worker's libraries read at their start, unless the user says otherwise (the Dockerfile has the same).
 WORKER_ENVIRON: Final[Mapping[str, str]] = {
-    # Threads that wait for others spin for a quarter of a millisecond and not for several, which could be those that
-    # the others need on the same core: with other work on two cores a step took 30 to 700 ms, and 21 ms so.
-    "GOMP_SPINCOUNT": "20000",
+    # Threads that wait for others spin for 40 microseconds, longer than most have to, and then leave the core to
+    # whoever needs it: beside a busy process on both cores a step of one token took 30 ms, with 20000 turns 84 ms.
+    "GOMP_SPINCOUNT": "3000",
     # Weights and KV in pages of 2 MiB: decodes were 1.06 to 1.2 times as fast. (Both: AMD EPYC, 125M parameters, 2026.)
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }

@@ -31,6 +31,7 @@ from worker_svc.cpu_kernels.launch import (
     kernel,
     launch,
     num_threads,
+    take,
     thread_number,
     threads_for,
 )
@@ -48,6 +49,8 @@ _INTEGERS: Final = ir.VectorType(ir.IntType(32), LANES)
 _FLOATS: Final = ir.VectorType(ir.FloatType(), LANES)
 # Products that take about a millisecond.
 _LONG: Final = 400_000_000
+# Panels that a thread takes in one piece.
+PANELS_AT_ONCE: Final = 4
 # The bits of infinity, above which are those of NaN.
 _INFINITY = np.int32(0x7F800000)
 # Rows without a larger value are taken for zeros: 127 / largest has to be finite.
@@ -218,40 +221,42 @@ def _linear(pointer):
     args = arguments(pointer)
     num_rows, num_columns, num_groups, stride = args[0], args[1], args[2], args[3]
     num_panels = (num_columns + PANEL - 1) // PANEL
-    thread, threads = thread_number(), num_threads()
-    for panel in range(num_panels * thread // threads, num_panels * (thread + 1) // threads):
-        weights = args[6] + panel * num_groups * GROUP * PANEL
-        columns = args[7] + 12 * panel * PANEL
-        count = min(PANEL, num_columns - panel * PANEL)
-        # Where there is no residual, none is read.
-        num_residuals = count if args[8] != 0 else 0
-        begin = 0
-        while begin < num_rows:
-            # The smallest that holds all rows that are left; some may be done again.
-            tile = 1
-            for rows in TILE_ROWS:
-                if tile < num_rows - begin and rows <= num_rows:
-                    tile = rows
-            first = min(begin, num_rows - tile)
-            begin = first + tile
-            x, scales = args[4] + first * stride, args[5] + 4 * first
-            offset = 4 * (first * num_columns + panel * PANEL)
-            out = args[9] + offset
-            residual = args[8] + offset if args[8] != 0 else out
-            _compute_tile(
-                tile,
-                x,
-                stride,
-                scales,
-                weights,
-                num_groups,
-                columns,
-                residual,
-                out,
-                4 * num_columns,
-                count,
-                num_residuals,
-            )
+    some = take(pointer, PANELS_AT_ONCE)
+    while some < num_panels:
+        for panel in range(some, min(some + PANELS_AT_ONCE, num_panels)):
+            weights = args[6] + panel * num_groups * GROUP * PANEL
+            columns = args[7] + 12 * panel * PANEL
+            count = min(PANEL, num_columns - panel * PANEL)
+            # Where there is no residual, none is read.
+            num_residuals = count if args[8] != 0 else 0
+            begin = 0
+            while begin < num_rows:
+                # The smallest that holds all rows that are left; some may be done again.
+                tile = 1
+                for rows in TILE_ROWS:
+                    if tile < num_rows - begin and rows <= num_rows:
+                        tile = rows
+                first = min(begin, num_rows - tile)
+                begin = first + tile
+                x, scales = args[4] + first * stride, args[5] + 4 * first
+                offset = 4 * (first * num_columns + panel * PANEL)
+                out = args[9] + offset
+                residual = args[8] + offset if args[8] != 0 else out
+                _compute_tile(
+                    tile,
+                    x,
+                    stride,
+                    scales,
+                    weights,
+                    num_groups,
+                    columns,
+                    residual,
+                    out,
+                    4 * num_columns,
+                    count,
+                    num_residuals,
+                )
+        some = take(pointer, PANELS_AT_ONCE)
 
 
 class TiledInt8Linear:

@@ -41,6 +41,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+# The last one counts the pieces of work that were taken.
 MAX_ARGUMENTS: Final = 24
 # Bytes of a cache line, and of a page, which is also what a way of the first-level cache holds.
 LINE: Final = 64
@@ -164,7 +165,7 @@ def launch(which: Kernel, threads: int, num_rows: int, *args: int, is_long: bool
     """Run a kernel in this many threads, and wait for it; within `record`, note it.
 
     Args:
-        args: of the kernel after `num_rows`, at most MAX_ARGUMENTS with it.
+        args: of the kernel after `num_rows`, fewer than MAX_ARGUMENTS with it.
         is_long: may take over a millisecond, for which other threads of Python should not wait.
     """
     values = _Arguments(num_rows, *args)
@@ -251,6 +252,24 @@ def _call(context: Any, address: Any, argument: Any) -> Any:
 
 
 @intrinsic
+def take(context: Any, pointer: Any, count: Any) -> Any:
+    """The first of this launch's next `count` pieces of work, which no other thread gets.
+
+    Threads that take pieces end together however fast each of them is. With equal shares one waits, and falls asleep.
+
+    Args:
+        pointer: the kernel's own.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        int64 = ir.IntType(64)
+        counter = builder.gep(builder.bitcast(args[0], int64.as_pointer()), [int64(MAX_ARGUMENTS - 1)])
+        return builder.atomic_rmw("add", counter, args[1], "monotonic")
+
+    return types.int64(types.voidptr, types.int64), generate
+
+
+@intrinsic
 def number(context: Any, bits: Any) -> Any:
     """The float64 that `as_argument` took."""
 
@@ -324,7 +343,8 @@ def _run_all(pointer):
     addresses, pointers = integers(args[2], count), integers(args[3], count)
     if thread_number() == 0:
         for i in range(count):
-            integers(pointers[i], 1)[0] = num_rows
+            known = integers(pointers[i], MAX_ARGUMENTS)
+            known[0], known[MAX_ARGUMENTS - 1] = num_rows, 0
     for i in range(count):
         _barrier()
         _call(addresses[i], pointers[i])

@@ -27,8 +27,7 @@ from worker_svc.cpu_kernels.launch import (
     floats,
     kernel,
     launch,
-    num_threads,
-    thread_number,
+    take,
 )
 
 # Values of a vector register, and rows whose sums, two vectors each, fill the registers there are.
@@ -38,6 +37,8 @@ PANEL: Final = 2 * LANES
 TILE_ROWS: Final = tuple(rows for rows in (1, 2, 3, 4, 6, 8, 12) if rows <= MAX_TILE_ROWS)
 # Channels that one pass of the inner loop takes.
 UNROLL: Final = 4
+# Panels that a thread takes in one piece.
+PANELS_AT_ONCE: Final = 2
 # Products that take about a millisecond.
 _LONG: Final = 100_000_000
 
@@ -136,53 +137,55 @@ def _linear(pointer):
     # The columns of a panel that is not whole.
     rest = np.empty((MAX_TILE_ROWS, PANEL), np.float32)
     num_panels = (num_columns + PANEL - 1) // PANEL
-    thread, threads = thread_number(), num_threads()
-    for panel in range(num_panels * thread // threads, num_panels * (thread + 1) // threads):
-        address = weight + 4 * panel * size * PANEL
-        first_column = panel * PANEL
-        count = min(PANEL, num_columns - first_column)
-        begin = 0
-        while begin < num_rows:
-            # The smallest that holds all rows that are left; some may be done again.
-            tile = 1
-            for rows in TILE_ROWS:
-                if tile < num_rows - begin and rows <= num_rows:
-                    tile = rows
-            first = min(begin, num_rows - tile)
-            begin = first + tile
-            source = x + first * stride
-            sums, sums_stride = args[5] + 4 * (first * num_columns + first_column), 4 * num_columns
-            if count < PANEL:
-                sums, sums_stride = np.int64(rest.ctypes.data), 4 * PANEL
-            if tile == 1:
-                tile_1(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-            elif tile == 2:
-                tile_2(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-            elif tile == 3:
-                tile_3(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-            elif tile == 4:
-                tile_4(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-            elif tile == 6:
-                tile_6(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-            elif tile == 8:
-                tile_8(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-            else:
-                tile_12(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-            if count < PANEL:
-                for row in range(tile):
-                    for i in range(count):
-                        out[first + row, first_column + i] = rest[row, i]
-            for row in range(first, first + tile):
-                # A view for each, since of loops that begin at 0 the compiler knows that no index is negative.
-                target = floats(args[5] + 4 * (row * num_columns + first_column), count)
-                if has_bias:
-                    bias = floats(args[6] + 4 * first_column, count)
-                    for i in range(count):
-                        target[i] += bias[i]
-                if has_residual:
-                    residual = floats(args[7] + 4 * (row * num_columns + first_column), count)
-                    for i in range(count):
-                        target[i] += residual[i]
+    some = take(pointer, PANELS_AT_ONCE)
+    while some < num_panels:
+        for panel in range(some, min(some + PANELS_AT_ONCE, num_panels)):
+            address = weight + 4 * panel * size * PANEL
+            first_column = panel * PANEL
+            count = min(PANEL, num_columns - first_column)
+            begin = 0
+            while begin < num_rows:
+                # The smallest that holds all rows that are left; some may be done again.
+                tile = 1
+                for rows in TILE_ROWS:
+                    if tile < num_rows - begin and rows <= num_rows:
+                        tile = rows
+                first = min(begin, num_rows - tile)
+                begin = first + tile
+                source = x + first * stride
+                sums, sums_stride = args[5] + 4 * (first * num_columns + first_column), 4 * num_columns
+                if count < PANEL:
+                    sums, sums_stride = np.int64(rest.ctypes.data), 4 * PANEL
+                if tile == 1:
+                    tile_1(source, stride, address, 4 * PANEL, size, sums, sums_stride)
+                elif tile == 2:
+                    tile_2(source, stride, address, 4 * PANEL, size, sums, sums_stride)
+                elif tile == 3:
+                    tile_3(source, stride, address, 4 * PANEL, size, sums, sums_stride)
+                elif tile == 4:
+                    tile_4(source, stride, address, 4 * PANEL, size, sums, sums_stride)
+                elif tile == 6:
+                    tile_6(source, stride, address, 4 * PANEL, size, sums, sums_stride)
+                elif tile == 8:
+                    tile_8(source, stride, address, 4 * PANEL, size, sums, sums_stride)
+                else:
+                    tile_12(source, stride, address, 4 * PANEL, size, sums, sums_stride)
+                if count < PANEL:
+                    for row in range(tile):
+                        for i in range(count):
+                            out[first + row, first_column + i] = rest[row, i]
+                for row in range(first, first + tile):
+                    # A view for each, since of loops that begin at 0 the compiler knows that no index is negative.
+                    target = floats(args[5] + 4 * (row * num_columns + first_column), count)
+                    if has_bias:
+                        bias = floats(args[6] + 4 * first_column, count)
+                        for i in range(count):
+                            target[i] += bias[i]
+                    if has_residual:
+                        residual = floats(args[7] + 4 * (row * num_columns + first_column), count)
+                        for i in range(count):
+                            target[i] += residual[i]
+        some = take(pointer, PANELS_AT_ONCE)
 
 
 class TiledLinear:
