@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Final
 
 # Measurements that a median is taken of.
@@ -45,7 +44,8 @@ class _Recent:
 
     def add(self, value: float, now: int) -> None:
         self.values.append(value)
-        self.median = median(self.values)
+        # The upper of two in the middle; `statistics.median` takes several times as long.
+        self.median = sorted(self.values)[len(self.values) // 2]
         self.measured_at = now
 
 
@@ -65,10 +65,13 @@ class StepCost:
         self._classes: dict[_Key, _Class] = {}
         self._last = _Class()  # the last in which drafts were measured
         self._num_steps = 0
+        self._known_costs: dict[tuple[_Key, int], list[float]] = {}  # what `token_costs` said, until a draft is measured
 
     def observe(self, num_sequences: int, num_context: int, num_drafts: int, seconds: float) -> None:
         """Learn from a step that computed one token of each sequence and `num_drafts` drafted ones."""
         self._num_steps += 1
+        if num_drafts or self._num_steps % MAX_AGE == 0:
+            self._known_costs.clear()
         steps = self._classes.setdefault(_key(num_sequences, num_context), _Class())
         if not num_drafts:
             steps.plain.add(seconds, self._num_steps)
@@ -89,13 +92,20 @@ class StepCost:
 
     def token_costs(self, num_sequences: int, num_context: int, max_drafts: int) -> list[float]:
         """Cost of a drafted token, by class of their number, up to that of `max_drafts`; see `shares`."""
-        steps = self._classes.get(_key(num_sequences, num_context), self._last)
+        key = (_key(num_sequences, num_context), _draft_class(max_drafts))
+        if key not in self._known_costs:
+            # One number of sequences stands for the others of its class.
+            self._known_costs[key] = self._estimate_costs(*key, num_sequences)
+        return self._known_costs[key]
+
+    def _estimate_costs(self, key: _Key, last_class: int, num_sequences: int) -> list[float]:
+        steps = self._classes.get(key, self._last)
         if not steps.costs:
             # As it was in other steps, until it is known here.
             steps = self._last
         costs: list[float] = []
         cost = PRIOR_COST
-        for draft_class in range(_draft_class(max_drafts) + 1):
+        for draft_class in range(last_class + 1):
             cost = self._estimate(steps.costs.get(draft_class), 2**draft_class / num_sequences, cost)
             costs.append(max(cost, 0.0))
         return costs
