@@ -114,6 +114,7 @@ class Launches:
     kernels: list[Kernel] = field(default_factory=list)
     arguments: list[Any] = field(default_factory=list)
     buffers: list[torch.Tensor] = field(default_factory=list)  # what the kernels write
+    _table: Any = None  # addresses of kernels and of their arguments, from the first run on
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in a buffer that no tensor is in any more: kernels run in order, as tensors come and go."""
@@ -129,9 +130,12 @@ class Launches:
 
         `num_rows`: for all kernels, whatever they were recorded with; rows beyond stay as they are.
         """
-        addresses = (ctypes.c_int64 * len(self.kernels))(*(known.address for known in self.kernels))
-        pointers = (ctypes.c_int64 * len(self.kernels))(*map(ctypes.addressof, self.arguments))
-        values = _Arguments(num_rows, len(self.kernels), ctypes.addressof(addresses), ctypes.addressof(pointers))
+        count = len(self.kernels)
+        if self._table is None:
+            places = [known.address for known in self.kernels] + [ctypes.addressof(known) for known in self.arguments]
+            self._table = (ctypes.c_int64 * (2 * count))(*places)
+        start = ctypes.addressof(self._table)
+        values = _Arguments(num_rows, count, start, start + 8 * count)
         _releasing.GOMP_parallel(ctypes.c_void_p(_run_all.address), values, threads, 0)
 
 

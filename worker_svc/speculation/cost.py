@@ -65,7 +65,8 @@ class StepCost:
         self._classes: dict[_Key, _Class] = {}
         self._last = _Class()  # the last in which drafts were measured
         self._num_steps = 0
-        self._known_costs: dict[tuple[_Key, int], list[float]] = {}  # what `token_costs` said, until a draft is measured
+        # What `token_costs` said since a draft was measured.
+        self._known_costs: dict[tuple[_Key, int], list[float]] = {}
 
     def observe(self, num_sequences: int, num_context: int, num_drafts: int, seconds: float) -> None:
         """Learn from a step that computed one token of each sequence and `num_drafts` drafted ones."""
