@@ -40,10 +40,6 @@ class NumbaBackend(TorchBackend):
     def norm(self, weight: torch.Tensor, eps: float) -> RmsNorm:  # type: ignore[override]
         return RmsNorm(weight, eps)
 
-    def qk_norm(self, q_weight: torch.Tensor, k_weight: torch.Tensor, shape: HeadShape, eps: float) -> RmsNorm:  # type: ignore[override]
-        weights = [q_weight.expand(shape.num_heads, -1), k_weight.expand(shape.num_kv_heads, -1)]
-        return RmsNorm(torch.cat(weights), eps)
-
     def make_batch(
         self, step: StepInput, kinds: Iterable[AttentionKind], key_bytes: int, last_tokens: torch.Tensor | None
     ) -> Batch:

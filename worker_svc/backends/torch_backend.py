@@ -1,4 +1,4 @@
-"""Everything in torch: the fast path of a CPU, and what kernels are compared with elsewhere.
+"""Everything in torch: what computes half types on a CPU, and what kernels are compared with.
 
 A step's rows are put into the order of the attention's families (`worker_svc.attention_plan`).
 """
@@ -43,7 +43,7 @@ class TorchBackend:
     def qk_norm(self, q_weight: torch.Tensor, k_weight: torch.Tensor, shape: HeadShape, eps: float) -> RmsNorm:
         """One norm over the heads of q and k together."""
         weights = [q_weight.expand(shape.num_heads, -1), k_weight.expand(shape.num_kv_heads, -1)]
-        return RmsNorm(torch.cat(weights), eps)
+        return self.norm(torch.cat(weights), eps)
 
     def frequencies(self, rope_: rope.Rope, rotary_dim: int) -> torch.Tensor:
         return rope.frequencies(rope_, rotary_dim).to(self.device)

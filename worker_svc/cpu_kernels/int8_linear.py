@@ -35,7 +35,14 @@ from worker_svc.cpu_kernels.launch import (
     thread_number,
     threads_for,
 )
-from worker_svc.cpu_kernels.tiled_linear import LANES, PANEL, TILE_ROWS, load_from, spread_over
+from worker_svc.cpu_kernels.tiled_linear import (
+    LANES,
+    PANEL,
+    generate_for_each,
+    load_from,
+    spread_over,
+    tile_rows,
+)
 from worker_svc.quantization import Int8Weight
 
 # Whether the CPU has the instruction.
@@ -125,15 +132,10 @@ def _compute_tile(
     """One of TILE_ROWS of rows of the result, in the columns of a panel."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tile, after = _Tile(*args[1:]), builder.append_basic_block("after")
-        choice = builder.switch(args[0], after)
-        for count in TILE_ROWS:
-            block = builder.append_basic_block(f"rows_{count}")
-            choice.add_case(_INT64(count), block)
-            builder.position_at_end(block)
-            _generate_stores(builder, tile, _generate_sums(builder, tile, count))
-            builder.branch(after)
-        builder.position_at_end(after)
+        tile = _Tile(*args[1:])
+        generate_for_each(
+            builder, args[0], lambda count: _generate_stores(builder, tile, _generate_sums(builder, tile, count))
+        )
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 12), generate
@@ -231,11 +233,8 @@ def _linear(pointer):
             num_residuals = count if args[8] != 0 else 0
             begin = 0
             while begin < num_rows:
-                # The smallest that holds all rows that are left; some may be done again.
-                tile = 1
-                for rows in TILE_ROWS:
-                    if tile < num_rows - begin and rows <= num_rows:
-                        tile = rows
+                # Some rows may be done again.
+                tile = tile_rows(num_rows - begin, num_rows)
                 first = min(begin, num_rows - tile)
                 begin = first + tile
                 x, scales = args[4] + first * stride, args[5] + 4 * first

@@ -31,7 +31,7 @@ from worker_svc.cpu_kernels.launch import (
     number,
     thread_number,
 )
-from worker_svc.cpu_kernels.tiled_linear import MAX_TILE_ROWS, PANEL, UNROLL, tile_1, tile_3, tile_6, tile_12
+from worker_svc.cpu_kernels.tiled_linear import MAX_TILE_ROWS, PANEL, UNROLL, multiply_tile
 
 # Keys of a tile: their transpose and their values fit into the first-level cache.
 KEYS: Final = 64
@@ -105,14 +105,7 @@ def _compiled(group: int, head_dim: int) -> Kernel:
                         for panel in range((count + PANEL - 1) // PANEL):
                             target = scores_at + 4 * panel * PANEL
                             packed = transposed_at + 4 * panel * head_dim * PANEL
-                            if tile == 12:
-                                tile_12(source, 4 * head_dim, packed, 4 * PANEL, head_dim, target, 4 * KEYS)
-                            elif tile == 6:
-                                tile_6(source, 4 * head_dim, packed, 4 * PANEL, head_dim, target, 4 * KEYS)
-                            elif tile == 3:
-                                tile_3(source, 4 * head_dim, packed, 4 * PANEL, head_dim, target, 4 * KEYS)
-                            else:
-                                tile_1(source, 4 * head_dim, packed, 4 * PANEL, head_dim, target, 4 * KEYS)
+                            multiply_tile(tile, source, 4 * head_dim, packed, 4 * PANEL, head_dim, target, 4 * KEYS)
                         for r in range(tile):
                             own = (row + r) // group - part_row
                             low = max(0, own + edge - start)
@@ -148,14 +141,9 @@ def _compiled(group: int, head_dim: int) -> Kernel:
                         if whole > 0:
                             for column in range(0, head_dim, PANEL):
                                 panel_at = values_at + 4 * column
-                                if tile == 12:
-                                    tile_12(scores_at, 4 * KEYS, panel_at, 4 * head_dim, whole, added_at, 4 * PANEL)
-                                elif tile == 6:
-                                    tile_6(scores_at, 4 * KEYS, panel_at, 4 * head_dim, whole, added_at, 4 * PANEL)
-                                elif tile == 3:
-                                    tile_3(scores_at, 4 * KEYS, panel_at, 4 * head_dim, whole, added_at, 4 * PANEL)
-                                else:
-                                    tile_1(scores_at, 4 * KEYS, panel_at, 4 * head_dim, whole, added_at, 4 * PANEL)
+                                multiply_tile(
+                                    tile, scores_at, 4 * KEYS, panel_at, 4 * head_dim, whole, added_at, 4 * PANEL
+                                )
                                 for r in range(tile):
                                     for i in range(PANEL):
                                         total[row + r, column + i] += added[r, i]

@@ -10,8 +10,10 @@ Reference: `F.linear`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
+import numba
 import numpy as np
 import torch
 from llvmlite import binding, ir
@@ -43,22 +45,51 @@ PANELS_AT_ONCE: Final = 2
 _LONG: Final = 100_000_000
 
 
-def make_tile(num_rows: int) -> Any:
-    """The inner loop for this many rows: sums[r, c] = sum over k of x[r, k] * panel[k, c], c < PANEL."""
+@intrinsic
+def multiply_tile(
+    context: Any,
+    num_rows: Any,
+    x: Any,
+    x_stride: Any,
+    panel: Any,
+    panel_stride: Any,
+    size: Any,
+    sums: Any,
+    sums_stride: Any,
+) -> Any:
+    """sums[r, c] = sum over k of x[r, k] * panel[k, c], for one of TILE_ROWS of rows, and c < PANEL.
 
-    @intrinsic
-    def multiply(
-        context: Any, x: Any, x_stride: Any, panel: Any, panel_stride: Any, size: Any, sums: Any, sums_stride: Any
-    ) -> Any:
-        """Addresses, and bytes from one row of each to the next; `size`: channels, a multiple of UNROLL."""
+    Addresses, and bytes from one row of each to the next; `size`: channels, a multiple of UNROLL.
+    """
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _generate_tile(builder, num_rows, *args)
-            return context.get_dummy_value()
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        generate_for_each(builder, args[0], lambda count: _generate_tile(builder, count, *args[1:]))
+        return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), generate
+    return types.void(*[types.int64] * 8), generate
 
-    return multiply
+
+def generate_for_each(builder: Any, num_rows: Any, generate: Callable[[int], None]) -> None:
+    """Code of its own for each of TILE_ROWS, of which that for `num_rows` runs."""
+    after = builder.append_basic_block("end")
+    choice = builder.switch(num_rows, after)
+    for count in TILE_ROWS:
+        block = builder.append_basic_block(f"rows_{count}")
+        choice.add_case(ir.IntType(64)(count), block)
+        builder.position_at_end(block)
+        generate(count)
+        builder.branch(after)
+    builder.position_at_end(after)
+
+
+@numba.njit(inline="always")
+def tile_rows(num_left, num_rows):
+    """The fewest of TILE_ROWS that hold all rows that are left, or as many as there are at all."""
+    tile = 1
+    for rows in TILE_ROWS:
+        if tile < num_left and rows <= num_rows:
+            tile = rows
+    return tile
 
 
 def _generate_tile(
@@ -122,11 +153,6 @@ def spread_over(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
 
 
-tile_1, tile_2, tile_3, tile_4, tile_6 = (make_tile(rows) for rows in (1, 2, 3, 4, 6))
-# Of registers that hold only 6 rows these are never asked for.
-tile_8, tile_12 = (make_tile(min(rows, MAX_TILE_ROWS)) for rows in (8, 12))
-
-
 @kernel
 def _linear(pointer):
     args = arguments(pointer)
@@ -145,31 +171,15 @@ def _linear(pointer):
             count = min(PANEL, num_columns - first_column)
             begin = 0
             while begin < num_rows:
-                # The smallest that holds all rows that are left; some may be done again.
-                tile = 1
-                for rows in TILE_ROWS:
-                    if tile < num_rows - begin and rows <= num_rows:
-                        tile = rows
+                # Some rows may be done again.
+                tile = tile_rows(num_rows - begin, num_rows)
                 first = min(begin, num_rows - tile)
                 begin = first + tile
                 source = x + first * stride
                 sums, sums_stride = args[5] + 4 * (first * num_columns + first_column), 4 * num_columns
                 if count < PANEL:
                     sums, sums_stride = np.int64(rest.ctypes.data), 4 * PANEL
-                if tile == 1:
-                    tile_1(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-                elif tile == 2:
-                    tile_2(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-                elif tile == 3:
-                    tile_3(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-                elif tile == 4:
-                    tile_4(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-                elif tile == 6:
-                    tile_6(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-                elif tile == 8:
-                    tile_8(source, stride, address, 4 * PANEL, size, sums, sums_stride)
-                else:
-                    tile_12(source, stride, address, 4 * PANEL, size, sums, sums_stride)
+                multiply_tile(tile, source, stride, address, 4 * PANEL, size, sums, sums_stride)
                 if count < PANEL:
                     for row in range(tile):
                         for i in range(count):
