@@ -9,7 +9,7 @@ Reference: `attention.attend`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Final
 
@@ -193,17 +193,39 @@ def paged_attention(
     Raises:
         ValueError: another shape, type or layout.
     """
+    is_long = 4 * plan.num_keys * len(kv) * kv.shape[2] > LONG_BYTES
+    launch_attention(_compiled, q, kv, plan.addresses, out, softmax_scale, soft_cap, is_long=is_long)
+
+
+def launch_attention(
+    compiled: Callable[[int, int], Kernel],
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    plan: torch.Tensor,
+    out: torch.Tensor,
+    softmax_scale: float,
+    soft_cap: float | None,
+    *,
+    is_long: bool,
+) -> None:
+    """What kernels of attention have in common: what they ask of their tensors, and the order of their arguments.
+
+    Args:
+        compiled: makes the kernel for so many query heads on each KV head, and channels.
+        plan: addresses that the kernel understands.
+
+    The others, and errors, are those of `paged_attention`.
+    """
     num_heads, num_slots, head_dim = kv.shape
     num_kv_heads = num_heads // 2
-    _, num_query_heads, width = q.shape
+    num_rows, num_query_heads, width = q.shape
     if num_query_heads % num_kv_heads or width != head_dim or q.stride()[1:] != (head_dim, 1):
         raise refusal("q", q, f"rows of shape [any * {num_kv_heads}, {head_dim}], each contiguous")
     check_rows("out", out, num_query_heads * head_dim)
-    num_bytes = 2 * 4 * plan.num_keys * num_kv_heads * head_dim
     launch(
-        _compiled(num_query_heads // num_kv_heads, head_dim),
+        compiled(num_query_heads // num_kv_heads, head_dim),
         torch.get_num_threads(),
-        plan.num_rows,
+        num_rows,
         num_kv_heads,
         num_slots,
         q.stride(0),
@@ -211,9 +233,9 @@ def paged_attention(
         as_argument(soft_cap or 0.0),
         kv.data_ptr(),
         kv.data_ptr() + 4 * num_kv_heads * num_slots * head_dim,
-        plan.addresses.data_ptr(),
+        plan.data_ptr(),
         q.data_ptr(),
         out.data_ptr(),
         out.stride(0),
-        is_long=num_bytes > LONG_BYTES,
+        is_long=is_long,
     )

@@ -21,16 +21,15 @@ from worker_svc.cpu_kernels.exp import exp
 from worker_svc.cpu_kernels.launch import (
     Kernel,
     arguments,
-    as_argument,
     floats,
     integers,
     kernel,
     larger,
-    launch,
     num_threads,
     number,
     thread_number,
 )
+from worker_svc.cpu_kernels.paged_attention import launch_attention
 from worker_svc.cpu_kernels.tiled_linear import MAX_TILE_ROWS, PANEL, UNROLL, multiply_tile
 
 # Keys of a tile: their transpose and their values fit into the first-level cache.
@@ -202,23 +201,5 @@ def tiled_attention(
     softmax_scale: float,
     soft_cap: float | None,
 ) -> None:
-    """Attend with the units of the plan; arguments as of `paged_attention`."""
-    num_heads, num_slots, head_dim = kv.shape
-    num_kv_heads = num_heads // 2
-    launch(
-        _compiled(q.shape[1] // num_kv_heads, head_dim),
-        torch.get_num_threads(),
-        len(q),
-        num_kv_heads,
-        num_slots,
-        q.stride(0),
-        as_argument(softmax_scale),
-        as_argument(soft_cap or 0.0),
-        kv.data_ptr(),
-        kv.data_ptr() + 4 * num_kv_heads * num_slots * head_dim,
-        plan.addresses.data_ptr(),
-        q.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-        is_long=True,
-    )
+    """Attend with the units of the plan; arguments and errors as of `paged_attention`."""
+    launch_attention(_compiled, q, kv, plan.addresses, out, softmax_scale, soft_cap, is_long=True)
