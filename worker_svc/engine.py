@@ -45,6 +45,7 @@ from worker_svc.checks import check_request
 from worker_svc.engine_io import (
     Add,
     BlocksLoaded,
+    BlocksOffloaded,
     Command,
     Drop,
     EngineLoad,
@@ -210,6 +211,8 @@ class Engine:
                 self._drop(command)
             case BlocksLoaded():
                 self._take_loaded(command)
+            case BlocksOffloaded(num_blocks):
+                self.exchange.offloaded(num_blocks)
 
     def _add(self, request: TokenizedRequest) -> None:
         held = self._requests.get(request.request_id)

@@ -38,7 +38,14 @@ class BlocksLoaded:
     blocks: tuple[bytes, ...]
 
 
-Command = Add | Drop | BlocksLoaded
+@dataclass(frozen=True, slots=True)
+class BlocksOffloaded:
+    """So many blocks of `StepOutput.offload` are under way no more, sent or given up: others may follow."""
+
+    num_blocks: int
+
+
+Command = Add | Drop | BlocksLoaded | BlocksOffloaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,8 @@ class StepOutput:
     started: tuple[Started, ...] = ()
     stored: tuple[BlockHash, ...] = ()  # blocks that entered the prefix cache
     removed: tuple[BlockHash, ...] = ()  # blocks that left it
-    offload: tuple[tuple[BlockHash, bytes], ...] = ()  # full blocks worth keeping beyond this worker
+    # Full blocks worth keeping beyond this worker; answer with `BlocksOffloaded`, whatever comes of it.
+    offload: tuple[tuple[BlockHash, bytes], ...] = ()
     load: tuple[LoadWanted, ...] = ()
     ended: tuple[tuple[str, int], ...] = ()  # (request_id, epoch) all of whose choices have ended or were dropped
 

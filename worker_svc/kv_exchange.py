@@ -21,6 +21,8 @@ MIN_AUTO_BLOCKS: Final = 4
 LOAD_LATENCY_S: Final = 0.005
 # Reading a block costs the step that it is read in.
 MAX_OFFLOADS_PER_STEP: Final = 8
+# Enough to keep the connection busy, and soon sent when a request ends the idle time in which a CPU sends.
+MAX_OFFLOADING_BYTES: Final = 8 * 2**20
 MAX_OFFLOADS_QUEUED: Final = 8192
 MAX_OFFERED: Final = 262_144
 
@@ -47,6 +49,8 @@ class KvExchange:
         self._kv_load = kv_load
         self._kv_offload = kv_offload
         self._block_bytes = block_bytes
+        self._num_offloading = 0
+        self._max_offloading = max(1, MAX_OFFLOADING_BYTES // max(1, block_bytes))
         self._loads: dict[tuple[str, int], _Load] = {}
         self._load_of: dict[BlockHash, _Load] = {}  # by the first block that is asked for
         self._queue: OrderedDict[BlockHash, None] = OrderedDict()
@@ -58,7 +62,8 @@ class KvExchange:
 
     @property
     def has_offloads(self) -> bool:
-        return bool(self._queue)
+        """Whether blocks could be read and sent now."""
+        return bool(self._queue) and self._num_offloading < self._max_offloading
 
     def set_available(self, is_available: bool) -> None:
         """A cache service that comes (back) may hold nothing: offer everything anew from then on."""
@@ -140,12 +145,18 @@ class KvExchange:
         found: list[tuple[BlockHash, int]] = []
         if self._kv_offload == "idle" and not is_idle:
             return found
-        while self._queue and len(found) < MAX_OFFLOADS_PER_STEP:
+        most = min(MAX_OFFLOADS_PER_STEP, self._max_offloading - self._num_offloading)
+        while self._queue and len(found) < most:
             block_hash, _ = self._queue.popitem(last=False)
             block_id = self._pool.block_of(block_hash)
             if block_id is not None:
                 found.append((block_hash, block_id))
+        self._num_offloading += len(found)
         return found
+
+    def offloaded(self, num_blocks: int) -> None:
+        """So many of `next_offloads` are under way no more."""
+        self._num_offloading -= num_blocks
 
     def _remember(self, block_hash: BlockHash) -> None:
         self._offered[block_hash] = None

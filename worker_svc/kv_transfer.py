@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections import deque
 from collections.abc import Container, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -21,16 +20,14 @@ from weft.columns import pack_u32, split_hashes, unpack_u32
 from weft.errors import DecodeError, WeftError
 from weft.messages import BlockData, BlockGet, BlockHas, BlockHash, BlockHasReply, BlockPut
 from weft.telemetry import totals
-from worker_svc.engine_io import BlocksLoaded, EngineThread, LoadWanted
+from worker_svc.engine_io import BlocksLoaded, BlocksOffloaded, EngineThread, LoadWanted
 from worker_svc.shards import cache_key, group_by_shard
 
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES: Final = 2**20  # of blocks in one message, unless one block is larger
 WINDOW: Final = 4  # messages with blocks under way at once
-MAX_QUEUED_BYTES: Final = 64 * 2**20  # to be offloaded
 MAX_LOADING_BYTES: Final = 512 * 2**20  # of all requests that load at the same time
-MAX_BATCH_BYTES: Final = 16 * 2**20
 PUT_TIMEOUT_S: Final = 5.0
 LOAD_LIMIT_S: Final = 2.0
 # What a message carries besides blocks; the cache service leaves as much.
@@ -45,7 +42,7 @@ class KvCounters:
     offload_offered: int = 0
     offload_sent: int = 0
     offload_already_held: int = 0
-    offload_dropped: int = 0  # the queue was full, or there was no cache service
+    offload_dropped: int = 0  # there was no cache service
     offload_failed: int = 0  # not answered, or refused
     loads: int = 0  # requests that asked
     load_wanted: int = 0
@@ -64,18 +61,15 @@ class KvTransfer:
         engine: EngineThread,
         *,
         load_limit_s: float = LOAD_LIMIT_S,
-        max_queued_bytes: int = MAX_QUEUED_BYTES,
         max_loading_bytes: int = MAX_LOADING_BYTES,
     ) -> None:
         self._bus = bus
         self._engine = engine
         self._load_limit_s = load_limit_s
-        self._max_queued_bytes = max_queued_bytes
         self._max_loading_bytes = max_loading_bytes
         self._loading_bytes = 0
         self._shards: list[str] = []
-        self._queue: deque[tuple[BlockHash, bytes]] = deque()
-        self._queued_bytes = 0
+        self._queue: list[tuple[BlockHash, bytes]] = []  # as long as the engine lets it become
         self._wake = asyncio.Event()
         # Of their own each: a put that waits for a dead shard must not use up a load's time.
         self._put_window = asyncio.Semaphore(WINDOW)
@@ -100,14 +94,10 @@ class KvTransfer:
         self._engine.remote_cache_available = bool(self._shards)
 
     def offload(self, blocks: Sequence[tuple[BlockHash, bytes]]) -> None:
-        """Queue blocks for the cache service; drops what the queue has no room for. Never waits."""
+        """Send blocks in the background; `engine.submit(BlocksOffloaded)` afterwards, whatever comes of it."""
         self._counters.offload_offered += len(blocks)
-        for block_hash, data in blocks:
-            if not self._shards or self._queued_bytes + len(data) > self._max_queued_bytes:
-                self._counters.offload_dropped += 1
-                continue
-            self._queue.append((block_hash, data))
-            self._queued_bytes += len(data)
+        self._queue.extend(blocks)
+        if self._queue:
             self._wake.set()
 
     def load(self, wanted: LoadWanted) -> None:
@@ -117,7 +107,6 @@ class KvTransfer:
     def stats(self) -> dict[str, float]:
         return totals(self._counters) | {
             "shards": float(len(self._shards)),
-            "offload_queued_bytes": float(self._queued_bytes),
             "load_bytes_per_s": self._engine.load_bytes_per_s,
         }
 
@@ -127,21 +116,14 @@ class KvTransfer:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._queue:
-                try:
-                    await self._put_batch(self._next_batch())
-                except Exception:
-                    # One bad batch must not end the offload.
-                    log.exception("offload failed")
-
-    def _next_batch(self) -> list[tuple[BlockHash, bytes]]:
-        batch: list[tuple[BlockHash, bytes]] = []
-        size = 0
-        while self._queue and size < MAX_BATCH_BYTES:
-            batch.append(self._queue.popleft())
-            size += len(batch[-1][1])
-        self._queued_bytes -= size
-        return batch
+            batch, self._queue = self._queue, []
+            try:
+                await self._put_batch(batch)
+            except Exception:
+                # One bad batch must not end the offload.
+                log.exception("offload failed")
+            finally:
+                self._engine.submit(BlocksOffloaded(len(batch)))
 
     async def _put_batch(self, batch: list[tuple[BlockHash, bytes]]) -> None:
         if not self._shards:

@@ -21,7 +21,17 @@ from weft.hashing import BLOCK_SIZE
 from weft.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, Choice, ErrorInfo, SamplingParams, TokenizedRequest
 from weft.model_folder import ModelFolder
 from weft.settings import WorkerSettings
-from worker_svc.engine_io import Add, BlocksLoaded, Command, Drop, EngineLoad, Started, StepOutput, TokenRow
+from worker_svc.engine_io import (
+    Add,
+    BlocksLoaded,
+    BlocksOffloaded,
+    Command,
+    Drop,
+    EngineLoad,
+    Started,
+    StepOutput,
+    TokenRow,
+)
 from worker_svc.frames import MAX_ROW_TOKENS
 
 log = logging.getLogger(__name__)
@@ -76,7 +86,7 @@ class NullCore:
                     self._add(request, now, rows, started)
                 case Drop():
                     self._drop(command)
-                case BlocksLoaded():
+                case BlocksLoaded() | BlocksOffloaded():
                     pass
         tick = int(now / TICK_S)
         for key in sorted(key for key in self._due if key <= tick):

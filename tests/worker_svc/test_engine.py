@@ -13,7 +13,7 @@ from weft.errors import InvalidRequest
 from weft.hashing import block_hashes, chain_root
 from weft.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, SamplingParams
 from worker_svc.engine import Engine, Rate
-from worker_svc.engine_io import Add, BlocksLoaded, Drop, LoadWanted, StepOutput
+from worker_svc.engine_io import Add, BlocksLoaded, BlocksOffloaded, Drop, LoadWanted, StepOutput
 from worker_svc.torch_engine import TorchEngine
 
 EOS = 2
@@ -437,6 +437,23 @@ def test_long_prompts_are_offered_a_few_blocks_a_step_until_all_are() -> None:
     record = run(engine, [add(prompt_of(240), sampling=greedy(1))])
     assert len(offloads(record)) == 15
     assert max(len(output.offload) for output in record.outputs) <= 8
+
+
+def test_only_so_many_blocks_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker_svc.kv_exchange.MAX_OFFLOADING_BYTES", 4 * 64)
+    engine, _ = make_engine(max_num_batched_tokens=512, kv_load="never", kv_offload="idle")
+    engine.exchange.set_available(True)
+    record = run(engine, [add(prompt_of(240), sampling=greedy(1))])
+    assert len(offloads(record)) == 4 and not engine.has_work
+    run(engine, [BlocksOffloaded(3)], record=record)
+    assert len(offloads(record)) == 7
+    # The time to send is over while anything runs.
+    engine.step([BlocksOffloaded(4), add(prompt_of(20, seed=1), "r1", sampling=greedy(5))])
+    while engine.running:
+        step(engine, [], record)
+        assert len(offloads(record)) == 7 or not engine.running
+    run(engine, [BlocksOffloaded(4), BlocksOffloaded(4)], record=record)
+    assert len(offloads(record)) > 7
 
 
 def test_prompt_is_loaded_where_another_worker_left_it() -> None:
