@@ -77,6 +77,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def wait_until_idle(limit_s: float = 10.0) -> None:
+    """Wait until the machine computes next to nothing: what a server does after its turn must not slow the next."""
+    deadline = time.perf_counter() + limit_s
+    before = _busy_s()
+    while time.perf_counter() < deadline:
+        time.sleep(0.25)
+        after = _busy_s()
+        if after - before <= 0.025:
+            return
+        before = after
+
+
+def _busy_s() -> float:
+    """Seconds that all cores together have computed since the machine started."""
+    user, nice, system = Path("/proc/stat").read_text().split(maxsplit=4)[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def _is_ready(process: subprocess.Popen[bytes], url: str, deadline: float) -> bool:
     while process.poll() is None and time.perf_counter() < deadline:
         try:

@@ -15,7 +15,7 @@ import torch
 from weft.errors import DecodeError, SettingsError
 from weft.hashing import BLOCK_SIZE
 from weft.model_folder import ModelFolder
-from worker_svc.backends.backend import Backend, Batch
+from worker_svc.backends.backend import Backend, Batch, with_ends
 from worker_svc.backends.numba_backend import NumbaBackend
 from worker_svc.backends.recorded_steps import RecordedSteps
 from worker_svc.backends.torch_backend import TorchBackend
@@ -181,7 +181,9 @@ class Runner:
         logits = None if self._known_steps is None else self._known_steps.replay(step, last_tokens)
         if logits is not None:
             return logits
-        batch = self._backend.make_batch(step, self._kinds, self._key_bytes, last_tokens)
+        batch, ends = self._make_batch(step, last_tokens), step.ends()
+        if ends is not None:
+            batch = with_ends(batch, self._make_batch(ends, None))
         return self._decoder.forward(batch, self._kv_cache)
 
     def make_sampler(self) -> Sampler | DeviceSampler:
@@ -193,20 +195,20 @@ class Runner:
 
         return DeviceSampler(self.device)
 
+    def _make_batch(self, step: StepInput, last_tokens: torch.Tensor | None) -> Batch:
+        return self._backend.make_batch(step, self._kinds, self._key_bytes, last_tokens)
+
     def _make_known_steps(self) -> KnownSteps | None:
         """What computes steps that differ from others in little but their numbers."""
 
         def forward(batch: Batch) -> torch.Tensor:
             return self._decoder.forward(batch, self._kv_cache)
 
-        def make_batch(step: StepInput, last_tokens: torch.Tensor | None) -> Batch:
-            return self._backend.make_batch(step, self._kinds, self._key_bytes, last_tokens)
-
         has_latents = any(kind.value_dim is not None for kind in self._kinds)
         if isinstance(self._backend, NumbaBackend):
             if has_latents or self._group.size > 1:
                 return None
-            steps = RecordedSteps(forward, make_batch, {kind.window for kind in self._kinds}, MAX_RECORDED_ROWS)
+            steps = RecordedSteps(forward, self._make_batch, {kind.window for kind in self._kinds}, MAX_RECORDED_ROWS)
             return steps if steps.is_whole else None
         if self.device.type != "cuda" or isinstance(self._backend, TorchBackend):
             return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from weft.hashing import BLOCK_SIZE
 from worker_svc.batch import StepPlan
@@ -24,6 +26,31 @@ class StepInput:
     logit_rows: list[int]  # rows of [T] whose logits are wanted
     # (row of [T], row among the tokens sampled last): tokens that are taken from there, on the device.
     pending: list[tuple[int, int]] = field(default_factory=list)
+
+    def ends(self) -> StepInput | None:
+        """The wanted rows as a step of their own.
+
+        None: all rows are wanted or none, or they are not, in their order, the last ones of their sequences.
+        """
+        if not 0 < len(self.logit_rows) < len(self.token_ids):
+            return None
+        stops = list(accumulate(self.query_lens))
+        # If the rows are in order, so many of each sequence.
+        places = [0, *(bisect_left(self.logit_rows, stop) for stop in stops)]
+        counts = [end - begin for begin, end in pairwise(places)]
+        rows = [row for stop, count in zip(stops, counts, strict=True) for row in range(stop - count, stop)]
+        if rows != self.logit_rows:
+            return None
+        kept = [i for i, count in enumerate(counts) if count]
+        return StepInput(
+            token_ids=[self.token_ids[row] for row in rows],
+            positions=[self.positions[row] for row in rows],
+            slot_mapping=[self.slot_mapping[row] for row in rows],
+            query_lens=[counts[i] for i in kept],
+            seq_lens=[self.seq_lens[i] for i in kept],
+            block_tables=[self.block_tables[i] for i in kept],
+            logit_rows=list(range(len(rows))),
+        )
 
 
 def make_step_input(

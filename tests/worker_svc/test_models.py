@@ -295,6 +295,17 @@ def test_logits_equal_those_of_transformers(judged: Judged, schedule: str) -> No
 
 
 @pytest.mark.parametrize("judged", CASES, indirect=True)
+def test_logits_of_last_rows_alone_equal_those_of_transformers(judged: Judged) -> None:
+    sequences = random_sequences(LENS)
+    expected = [judged.expected(tokens) for tokens in sequences]
+    driver = Driver(judged.runner, sequences)
+    for counts in mixed(LENS, seed=1):
+        logits = driver.step_to_ends(counts)
+        wanted = torch.stack([expected[i][driver.num_computed[i] - 1] for i in counts])
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("judged", CASES, indirect=True)
 def test_greedy_text_equals_that_of_transformers(judged: Judged) -> None:
     prompts = random_sequences((3, 18))
     wanted = [

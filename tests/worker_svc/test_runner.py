@@ -12,6 +12,7 @@ from tests.support.checkpoints import ARCHITECTURES, make_checkpoint
 from tests.support.steps import Driver, make_runner, mixed, one_after_another
 from weft.errors import DecodeError, SettingsError
 from weft.hashing import BLOCK_SIZE
+from worker_svc.attention_plan import MIN_SHARED_BLOCKS, find_families
 from worker_svc.memory import MIN_BLOCKS
 from worker_svc.runner import Runner, resolve_device
 from worker_svc.step_input import StepInput
@@ -40,6 +41,25 @@ def test_only_wanted_rows_get_logits_in_the_order_asked_for(tmp_path: Path) -> N
     torch.testing.assert_close(runner.forward(wanted), every[[14, 0, 3]])
     none = StepInput(**{name: getattr(step, name) for name in step.__slots__} | {"logit_rows": []})
     assert runner.forward(none).shape == (0, 128)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "numba"])
+def test_last_rows_are_right_where_sequences_share_a_prefix_and_another_is_between(
+    tmp_path: Path, kernels: str
+) -> None:
+    prefix = [(7 * i) % 128 for i in range(MIN_SHARED_BLOCKS * BLOCK_SIZE)]
+    sequences = [[*prefix, 1, 2, 3], SEQUENCES[3], [*prefix, 4, 5, 6]]
+    runner = make_runner(make_checkpoint(tmp_path), kernels=kernels)
+    driver = Driver(runner, sequences)
+    driver.block_tables[2][:MIN_SHARED_BLOCKS] = driver.block_tables[0][:MIN_SHARED_BLOCKS]
+    driver.step({0: len(prefix), 1: 20})
+    driver.num_computed[2] = len(prefix)
+    counts = {0: 2, 1: 5, 2: 3}
+    assert len(find_families(driver.step_input(counts))) == 2
+    found = driver.step_to_ends(counts)
+    alone = [Driver(runner, [tokens]).step({0: len(tokens)})[0] for tokens in sequences]
+    wanted = torch.stack([alone[i][driver.num_computed[i] - 1] for i in counts])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

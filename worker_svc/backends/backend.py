@@ -6,7 +6,7 @@ A model's code is written once against this; a backend computes it with what its
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -92,6 +92,25 @@ class Batch:
     slots: torch.Tensor  # [T] int64: where K and V go
     attention: Any  # the backend's own plan of what attends to what
     logit_rows: torch.Tensor | None  # int64 rows of [T]; None for all, in order
+    ends: Ends | None = None  # of a step whose logits are wanted of some rows only
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The rows whose logits are wanted, for what the last layer does after K and V are in the cache."""
+
+    rows: torch.Tensor  # [R] int64: where these rows are in the whole batch
+    batch: Batch  # of these rows alone
+
+
+def with_ends(batch: Batch, ends: Batch) -> Batch:
+    """A batch whose `logit_rows` are, in their order, the step that `ends` was made of."""
+    rows = batch.logit_rows
+    assert rows is not None
+    if ends.logit_rows is not None:
+        # These rows are not in the order of their step.
+        rows = rows[ends.logit_rows.argsort()]
+    return replace(batch, ends=Ends(rows, ends))
 
 
 class Backend(Protocol):

@@ -31,17 +31,15 @@ class Attention:
     qk_norm: Any  # the backend's own, or None
     output: Output
 
-    def add(
-        self,
-        normed: torch.Tensor,
-        residual: torch.Tensor,
-        kv: torch.Tensor,
-        turns: dict[Rope, torch.Tensor],
-        batch: Batch,
+    def write(
+        self, normed: torch.Tensor, kv: torch.Tensor, turns: dict[Rope, torch.Tensor], batch: Batch
     ) -> torch.Tensor:
-        """Returns: [T, E], `residual` with the attention of `normed` added."""
+        """Put keys and values of all rows into the cache. Returns: the queries, [T, H, D]."""
         qkv = self.qkv(normed)
-        q = self.backend.rotate_and_write(qkv, self.shape, self.qk_norm, turns[self.rope], kv, batch)
+        return self.backend.rotate_and_write(qkv, self.shape, self.qk_norm, turns[self.rope], kv, batch)
+
+    def add(self, q: torch.Tensor, residual: torch.Tensor, kv: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns: [T, E], `residual` with the attention of these queries added."""
         return self.output.add(self.backend.attend(q, kv, self.kind, batch), residual)
 
 

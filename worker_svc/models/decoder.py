@@ -68,7 +68,12 @@ class Decoder:
         x = self._backend.embed(batch.token_ids, self._embedding, self._embedding_scale)
         turns = self._turns(batch.positions)
         for layer, kv in zip(self._layers, kv_cache.unbind(0), strict=True):
-            x = layer.attention.add(layer.attention_norm(x), x, kv, turns, batch)
+            q = layer.attention.write(layer.attention_norm(x), kv, turns, batch)
+            if layer is self._layers[-1] and batch.ends is not None:
+                # All that other rows leave behind is in the cache now.
+                rows, batch = batch.ends.rows, batch.ends.batch
+                q, x = q.index_select(0, rows), x.index_select(0, rows)
+            x = layer.attention.add(q, x, kv, batch)
             x = layer.mlp.add(layer.mlp_norm(x), x)
         if batch.logit_rows is not None:
             x = x.index_select(0, batch.logit_rows)

@@ -47,15 +47,10 @@ class LatentAttention:
     value_up: torch.Tensor  # W_uv: [H, R, V]
     output: Output
 
-    def add(
-        self,
-        normed: torch.Tensor,
-        residual: torch.Tensor,
-        kv: torch.Tensor,
-        turns: dict[Rope, torch.Tensor],
-        batch: Batch,
+    def write(
+        self, normed: torch.Tensor, kv: torch.Tensor, turns: dict[Rope, torch.Tensor], batch: Batch
     ) -> torch.Tensor:
-        """Returns: [T, E], `residual` with the attention of `normed` added."""
+        """Put latents and shared keys of all rows into the cache. Returns: the queries, [T, H, R + P]."""
         down = self.down(normed)
         width = self.spec.latent_dim + self.spec.rotary_dim
         queries, latent = down[:, :-width], down[:, -width:]
@@ -63,6 +58,10 @@ class LatentAttention:
             queries = self.queries.up(self.queries.norm(queries))
         q = self._absorb(queries)
         self.backend.rotate_and_write_latent(q, latent, self.latent_norm, turns[self.spec.rope], kv, batch)
+        return q
+
+    def add(self, q: torch.Tensor, residual: torch.Tensor, kv: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns: [T, E], `residual` with the attention of these queries added."""
         summed = self.backend.attend(q, kv, self.spec.kind, batch)
         return self.output.add(self._values(summed), residual)
 

@@ -29,6 +29,11 @@ def test_kernels_compute_what_torch_does(tmp_path: Path, family: str) -> None:
     for one, other in zip(expected, found, strict=True):
         # Float32 in another order, at logits of magnitude 10.
         torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
+    driver = Driver(make_runner(folder, kernels="triton"), SEQUENCES)
+    for counts in schedule:
+        ends = driver.step_to_ends(counts)
+        wanted = torch.stack([expected[i][driver.num_computed[i] - 1] for i in counts])
+        torch.testing.assert_close(ends, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
