@@ -343,7 +343,7 @@ class Engine:
             return None
         step, sampled = make_step_input(plan, drafts)
         stopwatch = start_stopwatch(self._runner.device)
-        logits = self._runner.forward(step, self._sampler.last_token_ids)
+        logits = self._runner.forward(step, self._sampler.last_token_ids if step.pending else None)
         sampled_drafts = [drafts.get(sequence, ()) for sequence in sampled]
         sampling = self._sampler.sample(logits, sampled, sampled_drafts if drafts else None) if sampled else None
         stopwatch.stop()

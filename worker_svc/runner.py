@@ -208,7 +208,7 @@ class Runner:
         if isinstance(self._backend, NumbaBackend):
             if has_latents or self._group.size > 1:
                 return None
-            steps = RecordedSteps(forward, self._make_batch, {kind.window for kind in self._kinds}, MAX_RECORDED_ROWS)
+            steps = RecordedSteps(forward, {kind.window for kind in self._kinds}, MAX_RECORDED_ROWS)
             return steps if steps.is_whole else None
         if self.device.type != "cuda" or isinstance(self._backend, TorchBackend):
             return None

@@ -60,14 +60,15 @@ class Samples:
 class Sampling:
     """Tokens that were sampled, and may still be on the device."""
 
-    token_ids: Tensor  # [B] int64, on the device
+    token_ids: Tensor | list[int]  # [B] int64, on the device
     errors: dict[int, ErrorInfo]
     logprobs: LogprobTensors | None
 
     def collect(self) -> Samples:
         """Wait for the tokens and read them."""
         logprobs = {} if self.logprobs is None else self.logprobs.collect()
-        return Samples(self.token_ids.tolist(), logprobs, self.errors)
+        token_ids = self.token_ids if isinstance(self.token_ids, list) else self.token_ids.tolist()
+        return Samples(token_ids, logprobs, self.errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,13 @@ class Sampler:
 
     def __init__(self) -> None:
         self._batch = _Batch.of([], torch.device("cpu"), 0)
-        # [B] int64, on the device: what was sampled last.
-        self.last_token_ids: Tensor | None = None
+        self._last: Tensor | list[int] | None = None
 
-    @torch.inference_mode()
+    @property
+    def last_token_ids(self) -> Tensor | None:
+        """What was sampled last: [B] int64, on the device."""
+        return torch.tensor(self._last, dtype=torch.int64) if isinstance(self._last, list) else self._last
+
     def sample(self, logits: Tensor, sequences: list[Sequence], drafts: Drafts | None = None) -> Sampling:
         """Sample the next token of each sequence, and the one after each token of its draft.
 
@@ -97,12 +101,13 @@ class Sampler:
         """
         batch = self._batch_of(logits, sequences)
         drawn = batch if drafts is None else batch.with_drafts(drafts)
+        token_ids: Tensor | list[int]
         if drawn.is_greedy(len(logits)) and logits.device.type == "cpu" and IS_AVAILABLE:
-            token_ids, is_bad = greedy(logits)
-            errors, logprobs = _errors(is_bad), None
+            token_ids, bad_rows = greedy(logits)
+            errors, logprobs = _errors(bad_rows), None
         else:
             token_ids, errors, logprobs = _sample(logits, drawn)
-        self.last_token_ids = token_ids
+        self._last = token_ids
         if drafts is None:
             batch.advance(token_ids)
         return Sampling(token_ids, errors, logprobs)
@@ -130,11 +135,12 @@ class Sampler:
         return batch
 
 
+@torch.inference_mode()
 def _sample(logits: Tensor, drawn: _Batch) -> tuple[Tensor, dict[int, ErrorInfo], LogprobTensors | None]:
     """The tokens of all rows, errors of some, and logprobs where they are wanted. `logits` may be overwritten."""
     # One pass that is not finite if any logit is not.
     is_bad = ~torch.isfinite(logits.sum(dim=1))
-    errors = _errors(is_bad)
+    errors = _errors(is_bad.nonzero()[:, 0].tolist() if bool(is_bad.any()) else [])
     if errors:
         logits = logits.masked_fill(is_bad[:, None], 0.0)
     raw = logits.clone() if drawn.logprobs and drawn.changes_logits else logits
@@ -143,11 +149,9 @@ def _sample(logits: Tensor, drawn: _Batch) -> tuple[Tensor, dict[int, ErrorInfo]
     return token_ids, errors, look_up_logprobs(raw, token_ids, drawn.logprobs)
 
 
-def _errors(is_bad: Tensor) -> dict[int, ErrorInfo]:
-    if not bool(is_bad.any()):
-        return {}
-    error = ErrorInfo.of(WeftError("the model's logits for this sequence are not finite"))
-    return dict.fromkeys(is_bad.nonzero()[:, 0].tolist(), error)
+def _errors(bad_rows: list[int]) -> dict[int, ErrorInfo]:
+    error = WeftError("the model's logits for this sequence are not finite")
+    return dict.fromkeys(bad_rows, ErrorInfo.of(error)) if bad_rows else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,11 +299,11 @@ class _Batch:
                 token_ids[asked.index], margins[asked.index] = found
         return Foreseen(token_ids.tolist(), margins.tolist())
 
-    def advance(self, token_ids: Tensor) -> None:
+    def advance(self, token_ids: Tensor | list[int]) -> None:
         """Foresee the next step: each sequence is longer by the token that was sampled."""
         self.positions = [position + 1 for position in self.positions]
         if self.penalized:
-            self.penalized.count(token_ids)
+            self.penalized.count(torch.as_tensor(token_ids))
 
 
 def _stop_tokens(sequence: Sequence, vocab_size: int, device: torch.device) -> Tensor:

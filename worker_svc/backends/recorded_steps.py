@@ -7,12 +7,14 @@ torch is computed launch by launch.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from worker_svc.attention_plan import find_families, order_rows, plan_units
 from worker_svc.backends.backend import Batch
 from worker_svc.cpu_kernels.attention import AttentionPlan
 from worker_svc.cpu_kernels.launch import record
@@ -28,7 +30,6 @@ class RecordedSteps:
     def __init__(
         self,
         forward: Callable[[Batch], torch.Tensor],
-        make_batch: Callable[[StepInput, torch.Tensor | None], Batch],
         windows: Iterable[int | None],
         max_rows: int,
     ) -> None:
@@ -36,16 +37,19 @@ class RecordedSteps:
 
         Args:
             forward: a pass over the model; it is called once, here.
-            make_batch: what makes a step into a batch, given the tokens that pending ones are taken from.
             windows: of all attention layers.
             max_rows: of the steps to come.
         """
-        self._make_batch = make_batch
         self._max_rows = max_rows
-        self._columns = torch.zeros(3, max_rows, dtype=torch.int64)
+        self._token_ids, self._positions, self._slots = (array("q", bytes(8 * max_rows)) for _ in range(3))
         self._plans = {window: AttentionPlan(is_recorded=True) for window in windows}
-        token_ids, positions, slots = self._columns.unbind(0)
-        batch = Batch(token_ids, positions, slots, self._plans, None)
+        batch = Batch(
+            token_ids=torch.frombuffer(self._token_ids, dtype=torch.int64),
+            positions=torch.frombuffer(self._positions, dtype=torch.int64),
+            slots=torch.frombuffer(self._slots, dtype=torch.int64),
+            attention=self._plans,
+            logit_rows=None,
+        )
         with _Watch() as watch:
             self._launches, self._logits = record(lambda: forward(batch))
         self.is_whole = not watch.others
@@ -55,14 +59,21 @@ class RecordedSteps:
         count = len(step.token_ids)
         if not self.is_whole or count > self._max_rows or len(step.logit_rows) < count:
             return None
-        batch = self._make_batch(step, last_tokens)
-        for known, column in zip(self._columns, (batch.token_ids, batch.positions, batch.slots), strict=True):
-            known[:count] = column
-        if not all(plan.take(batch.attention[window]) for window, plan in self._plans.items()):
+        families = find_families(step)
+        if not all(plan.take(AttentionPlan(plan_units(families, step, w))) for w, plan in self._plans.items()):
             return None
+        rows = order_rows(families, step.query_lens)
+        self._token_ids[:count] = array("q", [step.token_ids[row] for row in rows])
+        self._positions[:count] = array("q", [step.positions[row] for row in rows])
+        self._slots[:count] = array("q", [step.slot_mapping[row] for row in rows])
+        place = {row: new for new, row in enumerate(rows)}
+        if last_tokens is not None:
+            for row, source in step.pending:
+                self._token_ids[place[row]] = int(last_tokens[source])
         self._launches.run(torch.get_num_threads(), count)
         logits = self._logits[:count]
-        return logits if batch.logit_rows is None else logits.index_select(0, batch.logit_rows)
+        wanted = [place[row] for row in step.logit_rows]
+        return logits if wanted == list(range(count)) else logits[wanted]
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

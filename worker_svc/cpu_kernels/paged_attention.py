@@ -9,6 +9,7 @@ Reference: `attention.attend`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Final
@@ -21,6 +22,7 @@ from worker_svc.cpu_kernels.exp import exp
 from worker_svc.cpu_kernels.launch import (
     LINE,
     Kernel,
+    address_of,
     arguments,
     as_argument,
     check_rows,
@@ -153,13 +155,14 @@ class RowPlan:
                 first_runs.append(len(runs))
         slots, counts = zip(*runs, strict=True) if runs else ((), ())
         self.num_rows, self.num_keys = len(rows), sum(counts)
-        self._columns = [torch.tensor(column, dtype=torch.int64) for column in (rows, first_runs, slots, counts)]
-        self.addresses = torch.tensor([*(column.data_ptr() for column in self._columns), len(rows)])
+        # Arrays, since a tensor takes several times as long to make: there are four in each step.
+        self._columns = [array("q", column) for column in (rows, first_runs, slots, counts)]
+        self.addresses = array("q", [*map(address_of, self._columns), len(rows)])
 
     def take(self, other: RowPlan) -> None:
         """Become this plan, in the place where recorded launches look for it."""
         self._columns, self.num_rows, self.num_keys = other._columns, other.num_rows, other.num_keys
-        self.addresses.copy_(other.addresses)
+        self.addresses[:] = other.addresses
 
 
 def _runs_of(unit: Unit, row: int) -> Sequence[tuple[int, int]]:
@@ -201,7 +204,7 @@ def launch_attention(
     compiled: Callable[[int, int], Kernel],
     q: torch.Tensor,
     kv: torch.Tensor,
-    plan: torch.Tensor,
+    plan: array[int],
     out: torch.Tensor,
     softmax_scale: float,
     soft_cap: float | None,
@@ -212,7 +215,7 @@ def launch_attention(
 
     Args:
         compiled: makes the kernel for so many query heads on each KV head, and channels.
-        plan: addresses that the kernel understands.
+        plan: addresses that the kernel understands, of int64.
 
     The others, and errors, are those of `paged_attention`.
     """
@@ -233,7 +236,7 @@ def launch_attention(
         as_argument(soft_cap or 0.0),
         kv.data_ptr(),
         kv.data_ptr() + 4 * num_kv_heads * num_slots * head_dim,
-        plan.data_ptr(),
+        address_of(plan),
         q.data_ptr(),
         out.data_ptr(),
         out.stride(0),

@@ -9,8 +9,10 @@ Reference: `attention.attend`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from functools import cache
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -20,6 +22,7 @@ from worker_svc.attention_plan import Unit
 from worker_svc.cpu_kernels.exp import exp
 from worker_svc.cpu_kernels.launch import (
     Kernel,
+    address_of,
     arguments,
     floats,
     integers,
@@ -182,14 +185,13 @@ class UnitPlan:
                         (part.first_row, part.num_rows, part.first_slot, part.num_keys, int(part.is_causal), edge)
                     )
                 pieces.append((piece.first_row, piece.num_rows, begin, len(parts)))
-        self._columns = [torch.tensor(column, dtype=torch.int64) for column in (pieces, parts)]
-        addresses = [column.data_ptr() for column in self._columns]
-        self.addresses = torch.tensor([len(pieces), len(parts), *addresses])
+        self._columns = [array("q", chain.from_iterable(rows)) for rows in (pieces, parts)]
+        self.addresses = array("q", [len(pieces), len(parts), *map(address_of, self._columns)])
 
     def take(self, other: UnitPlan) -> None:
         """Become this plan, in the place where recorded launches look for it."""
         self._columns = other._columns
-        self.addresses.copy_(other.addresses)
+        self.addresses[:] = other.addresses
 
 
 def tiled_attention(

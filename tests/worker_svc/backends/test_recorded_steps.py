@@ -12,8 +12,7 @@ import torch
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.steps import Driver, make_runner
-from worker_svc.backends.backend import AttentionKind, Batch
-from worker_svc.backends.numba_backend import NumbaBackend
+from worker_svc.backends.backend import Batch
 from worker_svc.backends.recorded_steps import RecordedSteps
 from worker_svc.cpu_kernels.inputs import embed
 from worker_svc.cpu_kernels.rms_norm import RmsNorm
@@ -189,12 +188,7 @@ def rows(token_ids: list[int]) -> StepInput:
 
 def recorded(forward: Callable[[Batch], torch.Tensor]) -> RecordedSteps:
     """For up to 5 rows."""
-    backend = NumbaBackend(torch.device("cpu"), torch.float32)
-
-    def make_batch(step: StepInput, last_tokens: torch.Tensor | None) -> Batch:
-        return backend.make_batch(step, [AttentionKind(1.0)], 1, last_tokens)
-
-    return RecordedSteps(forward, make_batch, {None}, 5)
+    return RecordedSteps(forward, {None}, 5)
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -11,6 +11,7 @@ import torch
 from weft.hashing import BLOCK_SIZE
 from worker_svc.attention_plan import MIN_SHARED_BLOCKS, Unit, find_families, order_rows, plan_units
 from worker_svc.backends.backend import AttentionKind
+from worker_svc.cpu_kernels.launch import address_of
 from worker_svc.cpu_kernels.paged_attention import TILE, RowPlan, paged_attention
 from worker_svc.step_input import StepInput
 
@@ -128,9 +129,9 @@ def test_heads_of_rows_may_be_apart(seed: int) -> None:
 def test_plan_stays_where_it_is_when_it_becomes_another(seed: int) -> None:
     step, kind = Step(seed, LENGTHS, (6, 2, 8)), AttentionKind(0.3)
     plan = RowPlan(step.units(5))
-    address = plan.addresses.data_ptr()
+    address = address_of(plan.addresses)
     plan.take(RowPlan(step.units(None)))
-    assert plan.addresses.data_ptr() == address
+    assert address_of(plan.addresses) == address
     assert (plan.num_rows, plan.num_keys) == (len(step.q), 1 + 16 + 63 + 64 + 129 + 200 + 3 + 48 + 394 + 58)
     out = torch.empty(len(step.q), 48)
     paged_attention(step.q, step.kv, plan, out, softmax_scale=0.3, soft_cap=None)
