@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from worker_svc.cpu_kernels.launch import FAST_MATH, float_of_bits, larger, smaller
+from worker_svc.cpu_kernels.launch import FAST_MATH, bounded, float_of_bits
 
 # From here on n is -127 and 128, whose bits are those of 0 and of infinity.
 _LOWEST = np.float32(-88.0)
@@ -42,7 +42,7 @@ def exp(x):
     x = n ln 2 + r: the bits of n are the exponent of 2^n, and for |r| <= ln 2 / 2 e^r is a polynomial, with the
     coefficients of the best one of its degree (Cephes, `expf`).
     """
-    x = smaller(larger(x, _LOWEST), _HIGHEST)
+    x = bounded(x, _LOWEST, _HIGHEST)
     n = np.floor(x * _LOG2_E + _HALF)
     r = _multiply_add(n, -_LN2_LOW, _multiply_add(n, -_LN2_HIGH, x))
     y = np.float32(1.9875691500e-4)

@@ -35,7 +35,7 @@ from worker_svc.cpu_kernels.launch import (
     thread_number,
     threads_for,
 )
-from worker_svc.cpu_kernels.tiled_linear import (
+from worker_svc.cpu_kernels.register_tiles import (
     LANES,
     PANEL,
     generate_for_each,

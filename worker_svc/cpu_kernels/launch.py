@@ -299,22 +299,30 @@ def float_of_bits(context: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-def _choice(instruction: str) -> Any:
-    @intrinsic
-    def choose(context: Any, a: Any, b: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 2)
-            return builder.call(cgutils.get_or_insert_function(builder.module, kind, instruction), args)
+@intrinsic
+def larger(context: Any, a: Any, b: Any) -> Any:
+    """The larger of two float32, and NaN if one is.
 
-        return types.float32(types.float32, types.float32), generate
+    Loops with this become vector instructions, while those with comparisons stay as they are.
+    """
 
-    return choose
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 2)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.maximum.f32"), args)
+
+    return types.float32(types.float32, types.float32), generate
 
 
-# The larger and the smaller of two float32, and NaN if one is. Loops with these become vector instructions, while those
-# with comparisons stay as they are.
-larger = _choice("llvm.maximum.f32")
-smaller = _choice("llvm.minimum.f32")
+@intrinsic
+def bounded(context: Any, x: Any, low: Any, high: Any) -> Any:
+    """x if it is between two float32, else the nearer of these; NaN of NaN. An instruction each, and no branch."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, low, high = args
+        x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+        return builder.select(builder.fcmp_ordered(">", x, high), high, x)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
 
 
 @intrinsic

@@ -13,10 +13,13 @@ from array import array
 from collections.abc import Iterable
 from functools import cache
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from worker_svc.attention_plan import Unit
 from worker_svc.cpu_kernels.exp import exp
@@ -27,13 +30,22 @@ from worker_svc.cpu_kernels.launch import (
     floats,
     integers,
     kernel,
-    larger,
     num_threads,
     number,
     thread_number,
 )
 from worker_svc.cpu_kernels.paged_attention import launch_attention
-from worker_svc.cpu_kernels.tiled_linear import MAX_TILE_ROWS, PANEL, UNROLL, multiply_tile
+from worker_svc.cpu_kernels.register_tiles import (
+    LANES,
+    MAX_TILE_ROWS,
+    PANEL,
+    UNROLL,
+    add_tile,
+    load_from,
+    multiply_tile,
+    shuffled,
+    transpose_square,
+)
 
 # Keys of a tile: their transpose and their values fit into the first-level cache.
 KEYS: Final = 64
@@ -44,6 +56,30 @@ _ONE: Final = np.float32(1.0)
 _TWO: Final = np.float32(2.0)
 _ZERO: Final = np.float32(0.0)
 _LOWEST: Final = np.float32(-np.inf)
+
+
+@intrinsic
+def _largest(context: Any, address: Any) -> Any:
+    """Of KEYS numbers; where some are NaN it may be any of them."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.FloatType(), LANES)
+        places = [builder.add(args[0], ir.IntType(64)(4 * i)) for i in range(0, KEYS, LANES)]
+        vectors = [load_from(builder, place, vector, 4) for place in places]
+        while len(vectors) > 1:
+            vectors = [_larger(builder, *pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+        found, distance = vectors[0], LANES // 2
+        while distance:
+            lanes = [lane ^ distance for lane in range(LANES)]
+            found = _larger(builder, found, shuffled(builder, found, found, lanes))
+            distance //= 2
+        return builder.extract_element(found, ir.IntType(32)(0))
+
+    return types.float32(types.int64), generate
+
+
+def _larger(builder: Any, one: Any, other: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
 
 
 @cache
@@ -63,9 +99,8 @@ def _compiled(group: int, head_dim: int) -> Kernel:
         highest, sums = np.empty(MAX_ROWS * group, np.float32), np.empty(MAX_ROWS * group, np.float32)
         transposed = np.zeros((KEYS // PANEL, head_dim, PANEL), np.float32)
         scores = np.empty((MAX_TILE_ROWS, KEYS), np.float32)
-        added = np.empty((MAX_TILE_ROWS, PANEL), np.float32)
         q_at, transposed_at = np.int64(q.ctypes.data), np.int64(transposed.ctypes.data)
-        scores_at, added_at = np.int64(scores.ctypes.data), np.int64(added.ctypes.data)
+        scores_at, total_at = np.int64(scores.ctypes.data), np.int64(total.ctypes.data)
         for item in range(thread_number(), num_pieces * num_kv_heads, num_threads()):
             head = item % num_kv_heads
             first_row, num_rows = pieces[item // num_kv_heads, 0], pieces[item // num_kv_heads, 1]
@@ -85,10 +120,16 @@ def _compiled(group: int, head_dim: int) -> Kernel:
                 num_keys, is_causal, edge = parts[index, 3], parts[index, 4], parts[index, 5]
                 for start in range(0, num_keys, KEYS):
                     count = min(KEYS, num_keys - start)
-                    keys = floats(args[6] + 4 * (head * num_slots + slot + start) * head_dim, (count, head_dim))
+                    keys_at = args[6] + 4 * (head * num_slots + slot + start) * head_dim
+                    keys = floats(keys_at, (count, head_dim))
                     values_at = args[7] + 4 * (head * num_slots + slot + start) * head_dim
                     values = floats(values_at, (count, head_dim))
-                    for j in range(count):
+                    for square in range(count // LANES):
+                        j = square * LANES
+                        for d in range(0, head_dim, LANES):
+                            target = transposed_at + 4 * ((j // PANEL * head_dim + d) * PANEL + j % PANEL)
+                            transpose_square(keys_at + 4 * (j * head_dim + d), 4 * head_dim, target, 4 * PANEL)
+                    for j in range(count // LANES * LANES, count):
                         for d in range(head_dim):
                             transposed[j // PANEL, d, j % PANEL] = keys[j, d]
                     row = part_row * group
@@ -114,41 +155,40 @@ def _compiled(group: int, head_dim: int) -> Kernel:
                             high = count
                             if is_causal:
                                 high = min(count, num_keys - part_rows + own + 1 - start)
+                            # From here on loops are over all of KEYS, a number that the compiler knows.
+                            line = floats(scores_at + 4 * KEYS * r, KEYS)
                             if soft_cap > _ZERO:
-                                for j in range(count):
-                                    x = scores[r, j] / soft_cap
-                                    scores[r, j] = soft_cap * (_ONE - _TWO / (exp(_TWO * x) + _ONE))
-                            for j in range(min(low, count)):
-                                scores[r, j] = _LOWEST
-                            for j in range(count - max(0, high)):
-                                scores[r, count - 1 - j] = _LOWEST
+                                for j in range(KEYS):
+                                    x = line[j] / soft_cap
+                                    line[j] = soft_cap * (_ONE - _TWO / (exp(_TWO * x) + _ONE))
                             if low >= high:
-                                for j in range(count):
-                                    scores[r, j] = _ZERO
+                                for j in range(KEYS):
+                                    line[j] = _ZERO
                                 continue
-                            top = highest[row + r]
-                            for j in range(count):
-                                top = larger(scores[r, j], top)
+                            for j in range(low):
+                                line[j] = _LOWEST
+                            for j in range(KEYS - high):
+                                line[KEYS - 1 - j] = _LOWEST
+                            before = highest[row + r]
+                            top = max(before, _largest(scores_at + 4 * KEYS * r))
                             weight = _ZERO
-                            for j in range(count):
-                                x = exp(scores[r, j] - top)
-                                scores[r, j] = x
+                            for j in range(KEYS):
+                                x = exp(line[j] - top)
+                                line[j] = x
                                 weight += x
-                            shrink = exp(highest[row + r] - top)
+                            shrink = exp(before - top)
                             highest[row + r] = top
                             sums[row + r] = sums[row + r] * shrink + weight
-                            for d in range(head_dim):
-                                total[row + r, d] *= shrink
+                            # Seldom after the first keys.
+                            if shrink != _ONE:
+                                for d in range(head_dim):
+                                    total[row + r, d] *= shrink
                         whole = count // UNROLL * UNROLL
                         if whole > 0:
                             for column in range(0, head_dim, PANEL):
                                 panel_at = values_at + 4 * column
-                                multiply_tile(
-                                    tile, scores_at, 4 * KEYS, panel_at, 4 * head_dim, whole, added_at, 4 * PANEL
-                                )
-                                for r in range(tile):
-                                    for i in range(PANEL):
-                                        total[row + r, column + i] += added[r, i]
+                                target = total_at + 4 * (row * head_dim + column)
+                                add_tile(tile, scores_at, 4 * KEYS, panel_at, 4 * head_dim, whole, target, 4 * head_dim)
                         for j in range(whole, count):
                             for r in range(tile):
                                 x = scores[r, j]

@@ -10,16 +10,10 @@ Reference: `F.linear`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from worker_svc.cpu_kernels.launch import (
     arguments,
@@ -31,126 +25,12 @@ from worker_svc.cpu_kernels.launch import (
     launch,
     take,
 )
+from worker_svc.cpu_kernels.register_tiles import MAX_TILE_ROWS, PANEL, UNROLL, multiply_tile, tile_rows
 
-# Values of a vector register, and rows whose sums, two vectors each, fill the registers there are.
-LANES, MAX_TILE_ROWS = (16, 12) if binding.get_host_cpu_features().get("avx512f") else (8, 6)
-PANEL: Final = 2 * LANES
-# Rows of a tile that there is code for.
-TILE_ROWS: Final = tuple(rows for rows in (1, 2, 3, 4, 6, 8, 12) if rows <= MAX_TILE_ROWS)
-# Channels that one pass of the inner loop takes.
-UNROLL: Final = 4
 # Panels that a thread takes in one piece.
 PANELS_AT_ONCE: Final = 2
 # Products that take about a millisecond.
 _LONG: Final = 100_000_000
-
-
-@intrinsic
-def multiply_tile(
-    context: Any,
-    num_rows: Any,
-    x: Any,
-    x_stride: Any,
-    panel: Any,
-    panel_stride: Any,
-    size: Any,
-    sums: Any,
-    sums_stride: Any,
-) -> Any:
-    """sums[r, c] = sum over k of x[r, k] * panel[k, c], for one of TILE_ROWS of rows, and c < PANEL.
-
-    Addresses, and bytes from one row of each to the next; `size`: channels, a multiple of UNROLL.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        generate_for_each(builder, args[0], lambda count: _generate_tile(builder, count, *args[1:]))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 8), generate
-
-
-def generate_for_each(builder: Any, num_rows: Any, generate: Callable[[int], None]) -> None:
-    """Code of its own for each of TILE_ROWS, of which that for `num_rows` runs."""
-    after = builder.append_basic_block("end")
-    choice = builder.switch(num_rows, after)
-    for count in TILE_ROWS:
-        block = builder.append_basic_block(f"rows_{count}")
-        choice.add_case(ir.IntType(64)(count), block)
-        builder.position_at_end(block)
-        generate(count)
-        builder.branch(after)
-    builder.position_at_end(after)
-
-
-@numba.njit(inline="always")
-def tile_rows(num_left, num_rows):
-    """The fewest of TILE_ROWS that hold all rows that are left, or as many as there are at all."""
-    tile = 1
-    for rows in TILE_ROWS:
-        if tile < num_left and rows <= num_rows:
-            tile = rows
-    return tile
-
-
-def _generate_tile(
-    builder: Any,
-    num_rows: int,
-    x: Any,
-    x_stride: Any,
-    panel: Any,
-    panel_stride: Any,
-    size: Any,
-    sums: Any,
-    sums_stride: Any,
-) -> None:
-    int64, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
-    kind = ir.FunctionType(vector, [vector] * 3)
-    multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
-    rows = [builder.add(x, builder.mul(x_stride, int64(row))) for row in range(num_rows)]
-    before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    k = builder.phi(int64)
-    k.add_incoming(int64(0), before)
-    phis = [[builder.phi(vector) for _ in range(2)] for _ in rows]
-    totals: list[list[Any]] = [list(pair) for pair in phis]
-    for offset in range(UNROLL):
-        channel = builder.add(k, int64(offset))
-        line = builder.add(panel, builder.mul(channel, panel_stride))
-        halves = [builder.add(line, int64(4 * LANES * half)) for half in range(2)]
-        weights = [load_from(builder, half, vector, 4) for half in halves]
-        for row, address in enumerate(rows):
-            value = load_from(builder, builder.add(address, builder.mul(channel, int64(4))), ir.FloatType(), 4)
-            spread = spread_over(builder, value, vector)
-            for half in range(2):
-                totals[row][half] = builder.call(multiply_add, [spread, weights[half], totals[row][half]])
-    following = builder.add(k, int64(UNROLL))
-    k.add_incoming(following, loop)
-    for pair, ends in zip(phis, totals, strict=True):
-        for phi, end in zip(pair, ends, strict=True):
-            phi.add_incoming(ir.Constant(vector, None), before)
-            phi.add_incoming(end, loop)
-    builder.cbranch(builder.icmp_signed("<", following, size), loop, after)
-    builder.position_at_end(after)
-    for row, ends in enumerate(totals):
-        for half, end in enumerate(ends):
-            target = builder.add(builder.add(sums, builder.mul(sums_stride, int64(row))), int64(4 * half * LANES))
-            builder.store(end, builder.inttoptr(target, vector.as_pointer())).align = 4
-
-
-def load_from(builder: Any, address: Any, kind: Any, align: int) -> Any:
-    """What is at an address, a multiple of `align`."""
-    loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    loaded.align = align
-    return loaded
-
-
-def spread_over(builder: Any, value: Any, vector: Any) -> Any:
-    """A vector of one value."""
-    int32 = ir.IntType(32)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, int32(0))
-    zeros = ir.Constant(ir.VectorType(int32, vector.count), None)
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
 
 
 @kernel

@@ -11,7 +11,7 @@ from worker_svc.backends.numba_backend import NumbaBackend
 from worker_svc.backends.torch_layers import Int8Linear, can_multiply_int8
 from worker_svc.cpu_kernels import launch
 from worker_svc.cpu_kernels.int8_linear import GROUP, HAS_VNNI, UNROLL, TiledInt8Linear
-from worker_svc.cpu_kernels.tiled_linear import MAX_TILE_ROWS, PANEL
+from worker_svc.cpu_kernels.register_tiles import MAX_TILE_ROWS, PANEL
 from worker_svc.quantization import Int8Weight, quantize, quantize_int8
 
 pytestmark = pytest.mark.skipif(not (HAS_VNNI and launch.IS_AVAILABLE), reason="no AVX-512 VNNI, or no OpenMP")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from worker_svc.cpu_kernels.launch import empty_rows
-from worker_svc.cpu_kernels.tiled_linear import MAX_TILE_ROWS, PANEL, TILE_ROWS, TiledLinear, can_tile
+from worker_svc.cpu_kernels.register_tiles import MAX_TILE_ROWS, PANEL, TILE_ROWS
+from worker_svc.cpu_kernels.tiled_linear import TiledLinear, can_tile
 
 # Columns and channels: a part of a panel, whole panels, and both; the fewest channels there are.
 SHAPES = [(1, 4), (PANEL - 1, 8), (PANEL, 52), (2 * PANEL, 64), (3 * PANEL + 5, 100)]
