@@ -38,8 +38,9 @@ log = logging.getLogger(__name__)
 
 # What torch would use by itself: the cores that this process may use. Read before anyone changes it.
 DEFAULT_THREADS: Final = torch.get_num_threads()
-# Rows that a decode step is recorded for; larger ones have enough to do.
-MAX_RECORDED_ROWS: Final = 64
+# Rows that a step is recorded for, and how many of them have logits; larger ones have enough to do.
+MAX_RECORDED_ROWS: Final = 256
+MAX_RECORDED_ENDS: Final = 64
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -208,7 +209,8 @@ class Runner:
         if isinstance(self._backend, NumbaBackend):
             if has_latents or self._group.size > 1:
                 return None
-            steps = RecordedSteps(forward, {kind.window for kind in self._kinds}, MAX_RECORDED_ROWS)
+            windows = {kind.window for kind in self._kinds}
+            steps = RecordedSteps(forward, windows, MAX_RECORDED_ROWS, MAX_RECORDED_ENDS)
             return steps if steps.is_whole else None
         if self.device.type != "cuda" or isinstance(self._backend, TorchBackend):
             return None

@@ -188,6 +188,9 @@ class Backend(Protocol):
     def attend(self, q: torch.Tensor, kv: torch.Tensor, kind: AttentionKind, batch: Batch) -> torch.Tensor:
         """softmax(q k^T * scale) v over what each query sees; `q`: [T, H, D]; returns [T, H * Dv]."""
 
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows; `x`: [T, ...]; `rows`: [R] int64; returns [R, ...]."""
+
     def route(self, logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts of each token, all different, and their weights: [T, k] each; `logits`: [T, experts] float32."""
 

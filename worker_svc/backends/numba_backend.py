@@ -21,6 +21,7 @@ from worker_svc.cpu_kernels.inputs import embed, turns
 from worker_svc.cpu_kernels.int8_linear import HAS_VNNI, TiledInt8Linear
 from worker_svc.cpu_kernels.rms_norm import RmsNorm
 from worker_svc.cpu_kernels.rotate_and_write import rotate_and_write
+from worker_svc.cpu_kernels.rows import take_rows
 from worker_svc.cpu_kernels.tiled_linear import TiledLinear, can_tile
 from worker_svc.quantization import Weight, as_int8
 from worker_svc.step_input import StepInput
@@ -73,6 +74,9 @@ class NumbaBackend(TorchBackend):
         if kind.value_dim is not None:
             return TorchBackend.attend(self, q, kv, kind, batch)
         return attend(q, kv, batch.attention[kind.window], kind)
+
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return take_rows(x, rows)
 
     def gate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         return gated(gate_up, activation)

@@ -1,27 +1,31 @@
 """Steps of few tokens on a CPU as one call: the launches of a forward pass, recorded once for any number of rows.
 
 Between kernels Python would take longer than most of them take, all the more when weights have just been through the
-caches. What differs from step to step stands in tensors that stay where they are. A model whose pass has operations of
-torch is computed launch by launch.
+caches; and threads that wait for the next kernel would fall asleep. What differs from step to step stands in arrays
+that stay where they are. A model whose pass has operations of torch is computed launch by launch.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from worker_svc.attention_plan import find_families, order_rows, plan_units
-from worker_svc.backends.backend import Batch
+from worker_svc.backends.backend import Batch, Ends
 from worker_svc.cpu_kernels.attention import AttentionPlan
 from worker_svc.cpu_kernels.launch import record
 from worker_svc.step_input import StepInput
 
 # What makes or views tensors, and computes nothing.
 _HARMLESS: Final = {"empty", "view", "slice", "select", "unbind", "transpose", "permute", "view_as_complex", "alias"}
+
+
+Plans = dict[int | None, AttentionPlan]
 
 
 class RecordedSteps:
@@ -32,6 +36,7 @@ class RecordedSteps:
         forward: Callable[[Batch], torch.Tensor],
         windows: Iterable[int | None],
         max_rows: int,
+        max_ends: int,
     ) -> None:
         """Record.
 
@@ -39,41 +44,73 @@ class RecordedSteps:
             forward: a pass over the model; it is called once, here.
             windows: of all attention layers.
             max_rows: of the steps to come.
+            max_ends: how many of their rows have logits; another number.
         """
-        self._max_rows = max_rows
+        assert max_ends < max_rows
+        self._max_rows, self._max_ends = max_rows, max_ends
         self._token_ids, self._positions, self._slots = (array("q", bytes(8 * max_rows)) for _ in range(3))
-        self._plans = {window: AttentionPlan(is_recorded=True) for window in windows}
+        # Rows that have logits, which are all that the last layer goes on with.
+        self._end_rows = array("q", bytes(8 * max_ends))
+        self._plans: Plans = {window: AttentionPlan(is_recorded=True) for window in windows}
+        self._end_plans: Plans = {window: AttentionPlan(is_recorded=True) for window in self._plans}
         batch = Batch(
-            token_ids=torch.frombuffer(self._token_ids, dtype=torch.int64),
-            positions=torch.frombuffer(self._positions, dtype=torch.int64),
-            slots=torch.frombuffer(self._slots, dtype=torch.int64),
+            token_ids=_tensor(self._token_ids),
+            positions=_tensor(self._positions),
+            slots=_tensor(self._slots),
             attention=self._plans,
             logit_rows=None,
         )
+        ends = Ends(_tensor(self._end_rows), replace(batch, attention=self._end_plans))
         with _Watch() as watch:
-            self._launches, self._logits = record(lambda: forward(batch))
+            self._launches, self._logits = record(lambda: forward(replace(batch, ends=ends)))
         self.is_whole = not watch.others
 
     def replay(self, step: StepInput, last_tokens: torch.Tensor | None) -> torch.Tensor | None:
         """As `runner.KnownSteps`."""
-        count = len(step.token_ids)
-        if not self.is_whole or count > self._max_rows or len(step.logit_rows) < count:
+        count, num_ends = len(step.token_ids), len(step.logit_rows)
+        if not self.is_whole or count > self._max_rows or num_ends > self._max_ends:
             return None
-        families = find_families(step)
-        if not all(plan.take(AttentionPlan(plan_units(families, step, w))) for w, plan in self._plans.items()):
+        rows, plans = self._plan(step)
+        place = {row: i for i, row in enumerate(rows)}
+        ends = step.ends()
+        if num_ends == count:
+            end_rows, end_plans, wanted = list(range(count)), plans, [place[row] for row in step.logit_rows]
+        elif ends is not None:
+            order, end_plans = self._plan(ends)
+            end_rows = [place[step.logit_rows[i]] for i in order]
+            wanted = sorted(range(num_ends), key=order.__getitem__)
+        elif not num_ends:
+            end_rows, end_plans, wanted = [], {window: AttentionPlan() for window in plans}, []
+        else:
             return None
-        rows = order_rows(families, step.query_lens)
+        if not (_take(self._plans, plans) and _take(self._end_plans, end_plans)):
+            return None
         self._token_ids[:count] = array("q", [step.token_ids[row] for row in rows])
         self._positions[:count] = array("q", [step.positions[row] for row in rows])
         self._slots[:count] = array("q", [step.slot_mapping[row] for row in rows])
-        place = {row: new for new, row in enumerate(rows)}
+        self._end_rows[:num_ends] = array("q", end_rows)
         if last_tokens is not None:
             for row, source in step.pending:
                 self._token_ids[place[row]] = int(last_tokens[source])
-        self._launches.run(torch.get_num_threads(), count)
-        logits = self._logits[:count]
-        wanted = [place[row] for row in step.logit_rows]
-        return logits if wanted == list(range(count)) else logits[wanted]
+        self._launches.run(torch.get_num_threads(), count, num_ends)
+        logits = self._logits[:num_ends]
+        return logits if wanted == list(range(num_ends)) else logits[wanted]
+
+    def _plan(self, step: StepInput) -> tuple[list[int], Plans]:
+        """The step's rows in the order of attention, and what attends to what."""
+        families = find_families(step)
+        plans = {window: AttentionPlan(plan_units(families, step, window)) for window in self._plans}
+        return order_rows(families, step.query_lens), plans
+
+
+def _take(known: Plans, plans: Plans) -> bool:
+    """Put plans where recorded launches look for them. Returns whether these cover them."""
+    return all(known[window].take(plan) for window, plan in plans.items())
+
+
+def _tensor(values: array[int]) -> torch.Tensor:
+    """[N] int64, in the same memory."""
+    return torch.frombuffer(values, dtype=torch.int64)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -107,6 +107,9 @@ class TorchBackend:
         units: Units = batch.attention
         return attend(q, kv, units[kind.window], kind)
 
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, rows)
+
     def route(self, logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
         return route(logits, routing)
 

@@ -95,6 +95,9 @@ class TritonBackend:
         attended = paged_attention(q, kv, batch.attention, window=kind.window, soft_cap=kind.soft_cap, **options)
         return attended.view(len(q), -1)
 
+    def take_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, rows)
+
     def route(self, logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
         return route(logits, routing)
 

@@ -114,8 +114,9 @@ class Launches:
 
     kernels: list[Kernel] = field(default_factory=list)
     arguments: list[Any] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)  # numbers of rows, as they appeared
     buffers: list[torch.Tensor] = field(default_factory=list)  # what the kernels write
-    _table: Any = None  # addresses of kernels and of their arguments, from the first run on
+    _table: Any = None  # of each kernel, from the first run on: its address, its arguments', and which size it has
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in a buffer that no tensor is in any more: kernels run in order, as tensors come and go."""
@@ -126,17 +127,26 @@ class Launches:
         self.buffers.append(torch.empty(size, dtype=dtype))
         return self.buffers[-1].view(shape)
 
-    def run(self, threads: int, num_rows: int) -> None:
+    def note(self, which: Kernel, arguments: Any) -> None:
+        """One more kernel."""
+        self.kernels.append(which)
+        self.arguments.append(arguments)
+        if arguments[0] not in self.sizes:
+            self.sizes.append(arguments[0])
+
+    def run(self, threads: int, *num_rows: int) -> None:
         """All of them in one call, which other threads of Python do not wait for.
 
-        `num_rows`: for all kernels, whatever they were recorded with; rows beyond stay as they are.
+        `num_rows`: for all kernels of the first of `sizes`, of the second, ...; rows beyond stay as they are.
         """
+        assert len(num_rows) == len(self.sizes)
         count = len(self.kernels)
         if self._table is None:
             places = [known.address for known in self.kernels] + [ctypes.addressof(known) for known in self.arguments]
-            self._table = (ctypes.c_int64 * (2 * count))(*places)
-        start = ctypes.addressof(self._table)
-        values = _Arguments(num_rows, count, start, start + 8 * count)
+            places += [self.sizes.index(known[0]) for known in self.arguments]
+            self._table = array("q", places)
+        counts = array("q", num_rows)
+        values = _Arguments(count, address_of(self._table), address_of(counts))
         _releasing.GOMP_parallel(ctypes.c_void_p(_run_all.address), values, threads, 0)
 
 
@@ -176,8 +186,7 @@ def launch(which: Kernel, threads: int, num_rows: int, *args: int, is_long: bool
     values = _Arguments(num_rows, *args)
     address = which.address  # compiled when it is recorded, not in the first step
     if _recorded is not None:
-        _recorded.kernels.append(which)
-        _recorded.arguments.append(values)
+        _recorded.note(which, values)
         return
     library = _releasing if is_long else _holding
     library.GOMP_parallel(ctypes.c_void_p(address), values, threads, 0)
@@ -361,12 +370,12 @@ def integers(address, shape):
 @kernel
 def _run_all(pointer):
     args = arguments(pointer)
-    num_rows, count = args[0], args[1]
-    addresses, pointers = integers(args[2], count), integers(args[3], count)
+    count, num_rows = args[0], integers(args[2], args[0])
+    table = integers(args[1], (3, count))
     if thread_number() == 0:
         for i in range(count):
-            known = integers(pointers[i], MAX_ARGUMENTS)
-            known[0], known[MAX_ARGUMENTS - 1] = num_rows, 0
+            known = integers(table[1, i], MAX_ARGUMENTS)
+            known[0], known[MAX_ARGUMENTS - 1] = num_rows[table[2, i]], 0
     for i in range(count):
         _barrier()
-        _call(addresses[i], pointers[i])
+        _call(table[0, i], table[1, i])

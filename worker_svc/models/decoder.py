@@ -72,7 +72,7 @@ class Decoder:
             if layer is self._layers[-1] and batch.ends is not None:
                 # All that other rows leave behind is in the cache now.
                 rows, batch = batch.ends.rows, batch.ends.batch
-                q, x = q.index_select(0, rows), x.index_select(0, rows)
+                q, x = self._backend.take_rows(q, rows), self._backend.take_rows(x, rows)
             x = layer.attention.add(q, x, kv, batch)
             x = layer.mlp.add(layer.mlp_norm(x), x)
         if batch.logit_rows is not None:

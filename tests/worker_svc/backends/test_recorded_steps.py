@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import torch
 
 from tests.support.checkpoints import make_checkpoint
 from tests.support.steps import Driver, make_runner
+from weft.hashing import BLOCK_SIZE
+from worker_svc.attention_plan import MIN_SHARED_BLOCKS
 from worker_svc.backends.backend import Batch
 from worker_svc.backends.recorded_steps import RecordedSteps
 from worker_svc.cpu_kernels.inputs import embed
 from worker_svc.cpu_kernels.rms_norm import RmsNorm
-from worker_svc.runner import MAX_RECORDED_ROWS, Runner
+from worker_svc.cpu_kernels.rows import take_rows
+from worker_svc.runner import MAX_RECORDED_ENDS, Runner
 from worker_svc.step_input import StepInput
 
 RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,6 +71,17 @@ def decode(driver: Driver) -> StepInput:
     return driver.step_input(dict.fromkeys(range(len(driver.sequences)), 1))
 
 
+def chunks(tmp_path: Path, counts: dict[int, int], window: int | None) -> tuple[StepInput, Runner]:
+    """More tokens of sequences that have some already."""
+    # Heads of as many channels as the tiles of chunks take.
+    runner = make_runner(make_checkpoint(tmp_path, "mistral", sliding_window=window, head_dim=32), kv_memory=2**22)
+    driver = drive(runner, 4)
+    driver.sequences = [[*tokens, *range(40)] for tokens in driver.sequences]
+    for table in driver.block_tables:
+        table += [block for block in range(100) if all(block not in other for other in driver.block_tables)][:3]
+    return driver.step_input(counts), runner
+
+
 def check_same(runner: Runner, step: StepInput, replays: Replays, last_tokens: torch.Tensor | None = None) -> None:
     """Logits and the whole cache, bit by bit."""
     every = list(range(runner.num_blocks))
@@ -82,7 +97,7 @@ def check_same(runner: Runner, step: StepInput, replays: Replays, last_tokens: t
     assert runner.read_blocks(every) == written
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, MAX_RECORDED_ROWS])
+@pytest.mark.parametrize("num_rows", [1, 3, MAX_RECORDED_ENDS])
 @pytest.mark.parametrize("name", RECORDED)
 def test_replayed_steps_are_those_launched(tmp_path: Path, replays: Replays, name: str, num_rows: int) -> None:
     family, changes = RECORDED[name]
@@ -121,13 +136,8 @@ def test_recording_is_made_anew_for_another_cache(tmp_path: Path, replays: Repla
 def test_chunks_of_which_all_logits_are_wanted_are_those_launched(
     tmp_path: Path, replays: Replays, counts: dict[int, int], window: int | None
 ) -> None:
-    # Heads of as many channels as the tiles of chunks take.
-    runner = make_runner(make_checkpoint(tmp_path, "mistral", sliding_window=window, head_dim=32), kv_memory=2**22)
-    driver = drive(runner, 4)
-    driver.sequences = [[*tokens, *range(40)] for tokens in driver.sequences]
-    for table in driver.block_tables:
-        table += [block for block in range(100) if all(block not in other for other in driver.block_tables)][:3]
-    check_same(runner, driver.step_input(counts), replays)
+    step, runner = chunks(tmp_path, counts, window)
+    check_same(runner, step, replays)
 
 
 def test_all_logits_may_be_wanted_in_any_order(tmp_path: Path, replays: Replays) -> None:
@@ -138,8 +148,8 @@ def test_all_logits_may_be_wanted_in_any_order(tmp_path: Path, replays: Replays)
     assert replays.replayed[-1]
 
 
-@pytest.mark.parametrize("wanted", [[0], [2], [2, 0], []], ids=str)
-def test_steps_of_which_some_logits_are_wanted_are_launched(
+@pytest.mark.parametrize("wanted", [[0], [2], [0, 2], []], ids=str)
+def test_steps_of_which_some_logits_are_wanted_are_those_launched(
     tmp_path: Path, replays: Replays, wanted: list[int]
 ) -> None:
     runner = make_runner(make_checkpoint(tmp_path))
@@ -147,12 +157,48 @@ def test_steps_of_which_some_logits_are_wanted_are_launched(
     every = runner.forward(step).clone()
     # Float32 in another order, at logits of magnitude 10.
     torch.testing.assert_close(runner.forward(replace(step, logit_rows=wanted)), every[wanted], rtol=0, atol=1e-4)
-    assert replays.replayed[-2:] == [True, False]
+    assert replays.replayed[-2:] == [True, True]
 
 
-def test_steps_of_more_rows_than_recorded_are_launched(tmp_path: Path, replays: Replays) -> None:
+def test_logits_that_are_wanted_in_another_order_than_that_of_rows_are_launched(
+    tmp_path: Path, replays: Replays
+) -> None:
+    runner = make_runner(make_checkpoint(tmp_path))
+    step = decode(drive(runner, 3))
+    every = runner.forward(step).clone()
+    torch.testing.assert_close(runner.forward(replace(step, logit_rows=[2, 0])), every[[2, 0]], rtol=0, atol=1e-4)
+    assert not replays.replayed[-1]
+
+
+@pytest.mark.parametrize("counts", [{0: 1, 1: 5}, {2: 20}, {0: 3, 1: 1, 3: 30}], ids=str)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("num_wanted", [0, 1, 2])
+def test_chunks_of_which_the_last_logits_are_wanted_are_those_launched(
+    tmp_path: Path, replays: Replays, counts: dict[int, int], window: int | None, num_wanted: int
+) -> None:
+    step, runner = chunks(tmp_path, counts, window)
+    stops = list(accumulate(step.query_lens))
+    wanted = [row for stop, count in zip(stops, step.query_lens, strict=True) for row in range(stop)[-num_wanted:]]
+    wanted = wanted if num_wanted else []
+    check_same(runner, replace(step, logit_rows=sorted(set(wanted))), replays)
+
+
+@pytest.mark.parametrize("wanted", [list(range(15)), [1, 6, 14], [0, 1, 14]], ids=str)
+def test_chunks_of_sequences_that_share_a_prefix_with_another_between_are_those_launched(
+    tmp_path: Path, replays: Replays, wanted: list[int]
+) -> None:
+    prefix = [(7 * i) % 128 for i in range(MIN_SHARED_BLOCKS * BLOCK_SIZE)]
+    runner = make_runner(make_checkpoint(tmp_path, head_dim=32), kv_memory=2**22)
+    driver = Driver(runner, [[*prefix, *range(8)], list(range(40)), [*prefix, *range(9, 17)]])
+    driver.block_tables[2][:MIN_SHARED_BLOCKS] = driver.block_tables[0][:MIN_SHARED_BLOCKS]
+    driver.step({0: len(prefix), 1: 20})
+    driver.num_computed[2] = len(prefix)
+    check_same(runner, replace(driver.step_input({0: 2, 1: 5, 2: 8}), logit_rows=wanted), replays)
+
+
+def test_steps_of_more_logits_than_recorded_are_launched(tmp_path: Path, replays: Replays) -> None:
     runner = make_runner(make_checkpoint(tmp_path), kv_memory=2**21)
-    step = decode(drive(runner, MAX_RECORDED_ROWS + 1))
+    step = decode(drive(runner, MAX_RECORDED_ENDS + 1))
     last = runner.forward(step)[-1].clone()
     assert not replays.replayed[-1]
     columns = ("token_ids", "positions", "slot_mapping", "query_lens", "seq_lens", "block_tables")
@@ -187,15 +233,15 @@ def rows(token_ids: list[int]) -> StepInput:
 
 
 def recorded(forward: Callable[[Batch], torch.Tensor]) -> RecordedSteps:
-    """For up to 5 rows."""
-    return RecordedSteps(forward, {None}, 5)
+    """For up to 6 rows, 5 of them with logits."""
+    return RecordedSteps(forward, {None}, 6, 5)
 
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("token_ids", [[3], [1, 4, 1, 0, 2]])
 def test_two_threads_compute_the_rows_there_are(token_ids: list[int]) -> None:
     table, norm = torch.randn(5, 300), RmsNorm(torch.randn(300), 1e-6)
-    steps = recorded(lambda batch: norm(embed(batch.token_ids, table, 2.0)))
+    steps = recorded(lambda batch: norm(take_rows(embed(batch.token_ids, table, 2.0), batch.ends.rows)))
     found = steps.replay(rows(token_ids), None)
     assert found is not None
     assert found.equal(norm(embed(torch.tensor(token_ids, dtype=torch.int64), table, 2.0)))
