@@ -19,6 +19,10 @@ from worker_svc.sequence import Sequence, State
 # Asking costs messages and a wait; this little is computed sooner.
 MIN_AUTO_BLOCKS: Final = 4
 LOAD_LATENCY_S: Final = 0.005
+# Answers in a row that brought nothing, after which only each eighth new prompt is asked for: an answer is heard when
+# the step is over that a worker is in, so each such prompt waits for 20 to 200 ms on a busy CPU.
+REST_AFTER: Final = 16
+ASK_EVERY: Final = 8
 # Reading a block costs the step that it is read in.
 MAX_OFFLOADS_PER_STEP: Final = 8
 # Enough to keep the connection busy, and soon sent when a request ends the idle time in which a CPU sends.
@@ -51,6 +55,7 @@ class KvExchange:
         self._block_bytes = block_bytes
         self._num_offloading = 0
         self._max_offloading = max(1, MAX_OFFLOADING_BYTES // max(1, block_bytes))
+        self._num_fruitless = 0  # answers in a row, and prompts since that were not asked for
         self._loads: dict[tuple[str, int], _Load] = {}
         self._load_of: dict[BlockHash, _Load] = {}  # by the first block that is asked for
         self._queue: OrderedDict[BlockHash, None] = OrderedDict()
@@ -69,6 +74,7 @@ class KvExchange:
         """A cache service that comes (back) may hold nothing: offer everything anew from then on."""
         if is_available and not self.is_available:
             self._offered.clear()
+            self._num_fruitless = 0
         self.is_available = is_available
 
     def park(self, sequence: Sequence) -> tuple[bool, LoadWanted | None]:
@@ -84,9 +90,9 @@ class KvExchange:
             return False, None
         load, wanted = self._load_of.get(missing[0]), None
         if load is None:
-            if not self._is_worth_it(len(missing)):
-                return False, None
             request = sequence.request
+            if not self._is_worth_it(len(missing), is_recovered=request.epoch > 0):
+                return False, None
             wanted = LoadWanted(request.request_id, request.epoch, tuple(missing))
             load = self._load_of[missing[0]] = _Load(missing[0], frozenset(missing))
             self._loads[request.request_id, request.epoch] = load
@@ -94,11 +100,16 @@ class KvExchange:
         sequence.state = State.LOADING
         return True, wanted
 
-    def _is_worth_it(self, num_blocks: int) -> bool:
+    def _is_worth_it(self, num_blocks: int, *, is_recovered: bool) -> bool:
+        """`is_recovered`: another worker has computed the sequence before, and may have left its blocks there."""
         if self._kv_load == "always":
             return True
         if num_blocks < MIN_AUTO_BLOCKS:
             return False
+        if self._num_fruitless >= REST_AFTER and not is_recovered:
+            self._num_fruitless += 1
+            if self._num_fruitless % ASK_EVERY:
+                return False
         if not self.load_bytes_per_s or not self.prefill_tokens_per_s:
             return True
         load_s = LOAD_LATENCY_S + num_blocks * self._block_bytes / self.load_bytes_per_s
@@ -119,6 +130,7 @@ class KvExchange:
         if load is None:
             return [], []
         del self._load_of[load.first]
+        self._num_fruitless = 0 if loaded.blocks else self._num_fruitless + 1
         blocks: list[tuple[BlockHash, bytes]] = []
         for block_hash, block in zip(loaded.hashes, loaded.blocks, strict=False):
             if block_hash not in load.wanted or len(block) != self._block_bytes:

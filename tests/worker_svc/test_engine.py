@@ -535,6 +535,31 @@ def test_loading_is_weighed_against_computing(
     assert bool(wanted(record)) is expected
 
 
+def test_cache_service_that_never_has_anything_is_asked_now_and_then_only() -> None:
+    engine, _ = make_engine(TokenRunner(num_blocks=64))
+    engine.exchange.set_available(True)
+
+    def asks(number: int, **changes: object) -> LoadWanted | None:
+        found = wanted(run(engine, [add(prompt_of(70, seed=number), f"r{number}", sampling=greedy(1), **changes)]))
+        return found[0] if found else None
+
+    def answer(load: LoadWanted, *blocks: bytes) -> None:
+        run(engine, [BlocksLoaded(load.request_id, load.epoch, load.hashes[: len(blocks)], blocks)])
+
+    asked = []
+    for number in range(40):
+        load = asks(number)
+        asked.append(load is not None)
+        if load is not None:
+            answer(load)
+    assert all(asked[:16]) and 2 <= sum(asked[16:]) <= 3
+    # What another worker had begun may well be there; and where something was, more may be.
+    load = asks(40, epoch=1)
+    assert load is not None
+    answer(load, pack_u32(prompt_of(70, seed=40)[:16]))
+    assert asks(41) is not None
+
+
 def test_short_prompts_are_computed_at_once() -> None:
     engine, _ = make_engine()
     engine.exchange.set_available(True)

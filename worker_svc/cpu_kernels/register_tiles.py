@@ -107,13 +107,8 @@ def _generate_tile(
     kind = ir.FunctionType(vector, [vector] * 3)
     multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
     rows = [builder.add(x, builder.mul(x_stride, int64(row))) for row in range(num_rows)]
-    targets = [
-        [
-            builder.add(builder.add(sums, builder.mul(sums_stride, int64(row))), int64(4 * half * LANES))
-            for half in range(2)
-        ]
-        for row in range(num_rows)
-    ]
+    lines = [builder.add(sums, builder.mul(sums_stride, int64(row))) for row in range(num_rows)]
+    targets = [[line, builder.add(line, int64(4 * LANES))] for line in lines]
     zero = ir.Constant(vector, None)
     starts = [[load_from(builder, target, vector, 4) if is_added else zero for target in pair] for pair in targets]
     before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
