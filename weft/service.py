@@ -7,6 +7,7 @@ A service is an object with `start`, `drain` and `stop`; `main` does the rest, t
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import secrets
@@ -197,7 +198,11 @@ def main(
     try:
         uvloop.run(body())
     except (SettingsError, Unavailable) as error:
-        sys.exit(complain(prog, error))
+        status = complain(prog, error)
+        # All that is tidied up at an exit, but for what libraries do to threads that wait in vain: torch's, which wait
+        # for a rank that is gone, would abort the process.
+        atexit._run_exitfuncs()
+        os._exit(status)
 
 
 def _catch_signals(context: Context) -> None:

@@ -163,7 +163,7 @@ def _see(row: int, table: Sequence[int], first: int, last: int, shared: int, win
     seen_by_one, seen_by_all = shared, shared
     if window is not None:
         seen_by_one, seen_by_all = max(0, first - window + 1), max(0, last - window)
-    for position, slot, count in _runs(table, seen_by_one, seen_by_all):
+    for position, slot, count in runs_of(table, seen_by_one, seen_by_all):
         edge = first - (window or 0) + 1 - position
         # The others see none of these.
         yield Part(row, min(num_rows, count - edge), slot, count, column, edge=edge)
@@ -171,7 +171,7 @@ def _see(row: int, table: Sequence[int], first: int, last: int, shared: int, win
     # A single query is the last key it sees, and a few are the last keys of their run.
     own = last if num_rows == 1 else first
     if 1 < num_rows <= MAX_FEW_ROWS:
-        position, slot, count = _runs(table, seen_by_all, last)[-1]
+        position, slot, count = runs_of(table, seen_by_all, last)[-1]
         if position < first:
             for part in _whole(row, num_rows, table, seen_by_all, position, column):
                 yield part
@@ -181,7 +181,7 @@ def _see(row: int, table: Sequence[int], first: int, last: int, shared: int, win
     for part in _whole(row, num_rows, table, seen_by_all, own, column):
         yield part
         column += part.num_keys
-    for position, slot, count in _runs(table, own, last):
+    for position, slot, count in runs_of(table, own, last):
         offset = position - first
         yield Part(row + offset, count, slot, count, column, is_causal=True)
         if offset + count < num_rows:
@@ -191,15 +191,15 @@ def _see(row: int, table: Sequence[int], first: int, last: int, shared: int, win
 
 def _whole(row: int, num_rows: int, table: Sequence[int], start: int, stop: int, column: int) -> Iterator[Part]:
     """Parts of rows that see all tokens from `start` to `stop`, in any order."""
-    slots = [(slot, count) for _, slot, count in _runs(table, start, stop)]
+    slots = [(slot, count) for _, slot, count in runs_of(table, start, stop)]
     if len(slots) > 1:
-        slots = _joined(slots)
+        slots = joined(slots)
     for slot, count in slots:
         yield Part(row, num_rows, slot, count, column)
         column += count
 
 
-def _runs(table: Sequence[int], start: int, stop: int) -> list[tuple[int, int, int]]:
+def runs_of(table: Sequence[int], start: int, stop: int) -> list[tuple[int, int, int]]:
     """(position, slot, count) of each run of consecutive slots that hold the tokens from `start` to `stop`."""
     if start >= stop:
         return []
@@ -216,12 +216,12 @@ def _runs(table: Sequence[int], start: int, stop: int) -> list[tuple[int, int, i
     return runs
 
 
-def _joined(slots: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def joined(slots: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Runs that touch, as one, in the order of the slots."""
-    joined: list[tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
     for slot, count in sorted(slots):
-        if joined and sum(joined[-1]) == slot:
-            joined[-1] = (joined[-1][0], joined[-1][1] + count)
+        if found and sum(found[-1]) == slot:
+            found[-1] = (found[-1][0], found[-1][1] + count)
         else:
-            joined.append((slot, count))
-    return joined
+            found.append((slot, count))
+    return found

@@ -112,7 +112,7 @@ def few_runs_against_many() -> list[Figure]:
 def _by_kernels(case: Case, step: StepInput, units: Sequence[Unit]) -> Callable[[], object]:
     """As in a step: few rows are recorded launches, many are launched one by one."""
     q, caches, kind = _tensors(case, step)
-    plan = AttentionPlan(units)
+    plan = AttentionPlan(step, find_families(step))
 
     @torch.inference_mode()
     def run() -> torch.Tensor:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import torch
 
 from weft.hashing import BLOCK_SIZE
-from worker_svc.attention_plan import MIN_SHARED_BLOCKS, Unit, find_families, order_rows, plan_units
+from worker_svc.attention_plan import MIN_SHARED_BLOCKS, find_families, order_rows
 from worker_svc.backends.backend import AttentionKind
+from worker_svc.cpu_kernels.segments import Group, plan_groups
 from worker_svc.step_input import StepInput
 
 NUM_SLOTS = 120 * BLOCK_SIZE
@@ -46,10 +47,10 @@ class AttentionStep:
         self.kv[:, self.slots[0]] = shared
         self.q = torch.cat([self.q, torch.randn(count, self.num_heads, self.head_dim)])
 
-    def units(self, window: int | None) -> tuple[Unit, ...]:
+    def groups(self, window: int | None) -> list[Group]:
         families = find_families(self.step)
         assert order_rows(families, self.step.query_lens) == list(range(len(self.q)))
-        return plan_units(families, self.step, window)
+        return list(plan_groups(families, self.step, window))
 
     def expected(self, kind: AttentionKind) -> torch.Tensor:
         """[T, H * D], row by row in float64."""

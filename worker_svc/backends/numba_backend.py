@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from worker_svc.attention_plan import find_families
 from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear
-from worker_svc.backends.torch_backend import TorchBackend, Units
+from worker_svc.backends.torch_backend import TorchBackend
 from worker_svc.backends.torch_layers import make_linear
 from worker_svc.cpu_kernels.attention import AttentionPlan, attend
 from worker_svc.cpu_kernels.gated import gated
@@ -48,8 +49,8 @@ class NumbaBackend(TorchBackend):
         batch = TorchBackend.make_batch(self, step, kinds, key_bytes, last_tokens)
         if any(kind.value_dim is not None for kind in kinds):
             return batch
-        units: Units = batch.attention
-        return replace(batch, attention={window: AttentionPlan(known) for window, known in units.items()})
+        families = find_families(step)
+        return replace(batch, attention={w: AttentionPlan(step, families, w) for w in batch.attention})
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
         return embed(token_ids, table, scale)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from worker_svc.attention_plan import find_families, order_rows, plan_units
+from worker_svc.attention_plan import find_families, order_rows
 from worker_svc.backends.backend import Batch, Ends
 from worker_svc.cpu_kernels.attention import AttentionPlan
 from worker_svc.cpu_kernels.launch import record
@@ -99,7 +99,7 @@ class RecordedSteps:
     def _plan(self, step: StepInput) -> tuple[list[int], Plans]:
         """The step's rows in the order of attention, and what attends to what."""
         families = find_families(step)
-        plans = {window: AttentionPlan(plan_units(families, step, window)) for window in self._plans}
+        plans = {window: AttentionPlan(step, families, window) for window in self._plans}
         return order_rows(families, step.query_lens), plans
 
 

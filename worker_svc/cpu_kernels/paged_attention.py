@@ -10,14 +10,13 @@ Reference: `attention.attend`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Final
 
 import numpy as np
 import torch
 
-from worker_svc.attention_plan import Unit
 from worker_svc.cpu_kernels.exp import exp
 from worker_svc.cpu_kernels.launch import (
     LINE,
@@ -37,6 +36,7 @@ from worker_svc.cpu_kernels.launch import (
     refusal,
     thread_number,
 )
+from worker_svc.cpu_kernels.segments import Group
 
 TILE: Final = 64
 # Bytes of K and V that take about a millisecond to read.
@@ -144,14 +144,16 @@ def _compiled(group: int, head_dim: int) -> Kernel:
 class RowPlan:
     """Rows of a step and the runs of slots that each of them sees, for one window."""
 
-    def __init__(self, units: Iterable[Unit] = ()) -> None:
+    def __init__(self, groups: Iterable[Group] = ()) -> None:
         rows: list[int] = []
         first_runs = [0]
         runs: list[tuple[int, int]] = []
-        for unit in units:
-            for row in range(unit.num_rows):
-                rows.append(unit.first_row + row)
-                runs += _runs_of(unit, row)
+        for group in groups:
+            for row in range(group.first_row, group.first_row + group.num_rows):
+                rows.append(row)
+                for segment in group.segments:
+                    if segment.first_row <= row < segment.first_row + segment.num_rows:
+                        runs += _cut(segment.runs, *segment.seen_by(row))
                 first_runs.append(len(runs))
         slots, counts = zip(*runs, strict=True) if runs else ((), ())
         self.num_rows, self.num_keys = len(rows), sum(counts)
@@ -165,19 +167,14 @@ class RowPlan:
         self.addresses[:] = other.addresses
 
 
-def _runs_of(unit: Unit, row: int) -> Sequence[tuple[int, int]]:
-    """(slot, count) of what a row of a unit sees."""
-    runs = []
-    for part in unit.parts:
-        own = row - part.first_row
-        if not 0 <= own < part.num_rows:
-            continue
-        skipped = 0 if part.edge is None else max(0, own + part.edge)
-        hidden = part.num_rows - 1 - own if part.is_causal else 0
-        count = part.num_keys - skipped - hidden
-        if count > 0:
-            runs.append((part.first_slot + skipped, count))
-    return runs
+def _cut(runs: Iterable[tuple[int, int]], first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Keys `first` to `end` of those in the runs."""
+    begin = 0
+    for slot, count in runs:
+        skipped, taken = max(0, first - begin), min(count, end - begin)
+        if skipped < taken:
+            yield slot + skipped, taken - skipped
+        begin += count
 
 
 def paged_attention(

@@ -9,18 +9,19 @@ import torch
 
 from tests.support.attention_step import AttentionStep
 from weft.hashing import BLOCK_SIZE
-from worker_svc.attention_plan import MIN_SHARED_BLOCKS, Unit
+from worker_svc.attention_plan import MIN_SHARED_BLOCKS
 from worker_svc.backends.backend import AttentionKind
 from worker_svc.cpu_kernels.launch import address_of
 from worker_svc.cpu_kernels.paged_attention import TILE, RowPlan, paged_attention
+from worker_svc.cpu_kernels.segments import Group
 
 # Tokens in the step and in all: decodes around a tile's and a block's length, and few causal rows.
 LENGTHS = ((1, 1), (1, 16), (1, TILE - 1), (1, TILE), (1, 2 * TILE + 1), (1, 200), (2, 2), (3, 17), (4, 100), (4, 16))
 WINDOWS = (None, 1, 5, 16, 70, 1000)
 
 
-def attend(step: AttentionStep, kind: AttentionKind, units: Iterable[Unit] | None = None) -> torch.Tensor:
-    out, plan = step.empty(), RowPlan(step.units(kind.window) if units is None else units)
+def attend(step: AttentionStep, kind: AttentionKind, groups: Iterable[Group] | None = None) -> torch.Tensor:
+    out, plan = step.empty(), RowPlan(step.groups(kind.window) if groups is None else groups)
     paged_attention(step.q, step.kv, plan, out, softmax_scale=kind.softmax_scale, soft_cap=kind.soft_cap)
     return out
 
@@ -52,14 +53,16 @@ def test_rows_of_sequences_with_a_common_prefix_are_the_formula(seed: int) -> No
     step, kind = AttentionStep(seed, [(1, MIN_SHARED_BLOCKS * BLOCK_SIZE + 30)], (6, 2, 8)), AttentionKind(0.3)
     for count, more in ((1, 3), (1, 18), (2, 7)):
         step.add_sharing(count, MIN_SHARED_BLOCKS * BLOCK_SIZE + more)
-    assert len(step.units(None)) == 1
+    assert len(step.groups(None)) == 1
     torch.testing.assert_close(attend(step, kind), step.expected(kind), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_of_other_units_are_left_alone(seed: int) -> None:
+def test_rows_of_other_groups_are_left_alone(seed: int) -> None:
     step, kind = AttentionStep(seed, LENGTHS, (6, 2, 8)), AttentionKind(0.3)
-    found, all_rows = attend(step, kind, step.units(None)[1:8:2]), attend(step, kind)
-    mine = [row for unit in step.units(None)[1:8:2] for row in range(unit.first_row, unit.first_row + unit.num_rows)]
+    found, all_rows = attend(step, kind, step.groups(None)[1:8:2]), attend(step, kind)
+    mine = [
+        row for group in step.groups(None)[1:8:2] for row in range(group.first_row, group.first_row + group.num_rows)
+    ]
     assert found[mine].equal(all_rows[mine])
     others = [row for row in range(len(found)) if row not in mine]
     assert found[others].isnan().all()
@@ -75,9 +78,9 @@ def test_heads_of_rows_may_be_apart(seed: int) -> None:
 
 def test_plan_stays_where_it_is_when_it_becomes_another(seed: int) -> None:
     step, kind = AttentionStep(seed, LENGTHS, (6, 2, 8)), AttentionKind(0.3)
-    plan = RowPlan(step.units(5))
+    plan = RowPlan(step.groups(5))
     address = address_of(plan.addresses)
-    plan.take(RowPlan(step.units(None)))
+    plan.take(RowPlan(step.groups(None)))
     assert address_of(plan.addresses) == address
     assert (plan.num_rows, plan.num_keys) == (len(step.q), 1 + 16 + 63 + 64 + 129 + 200 + 3 + 48 + 394 + 58)
     out = torch.empty(len(step.q), 48)

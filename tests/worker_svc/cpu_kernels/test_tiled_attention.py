@@ -10,7 +10,7 @@ from weft.hashing import BLOCK_SIZE
 from worker_svc.attention_plan import MIN_SHARED_BLOCKS
 from worker_svc.backends.backend import AttentionKind
 from worker_svc.cpu_kernels.register_tiles import PANEL
-from worker_svc.cpu_kernels.tiled_attention import KEYS, MAX_ROWS, UnitPlan, can_attend, tiled_attention
+from worker_svc.cpu_kernels.tiled_attention import KEYS, MAX_ROWS, TilePlan, can_attend, tiled_attention
 
 # Tokens in the step and in all: around a tile's rows and keys, a piece's rows, and a window's.
 LENGTHS = ((1, 50), (2, 2), (5, 5), (13, 70), (12, KEYS), (33, KEYS + 1), (MAX_ROWS, MAX_ROWS), (MAX_ROWS + 1, 150))
@@ -19,7 +19,7 @@ HEADS = ((2, 2, PANEL), (6, 2, 2 * PANEL), (4, 1, PANEL), (3, 1, 3 * PANEL))
 
 def attend(step: AttentionStep, kind: AttentionKind) -> torch.Tensor:
     out = step.empty()
-    plan = UnitPlan(step.units(kind.window))
+    plan = TilePlan(step.groups(kind.window))
     tiled_attention(step.q, step.kv, plan, out, softmax_scale=kind.softmax_scale, soft_cap=kind.soft_cap)
     return out
 
@@ -53,7 +53,7 @@ def test_rows_of_sequences_with_a_common_prefix_are_the_formula(seed: int, own: 
     step, kind = AttentionStep(seed, [(own, shared + 50)], (6, 2, PANEL)), AttentionKind(0.2)
     for more in (own, own + 9, 60):
         step.add_sharing(own, shared + more)
-    assert len(step.units(None)) == 1
+    assert len(step.groups(None)) == 1
     torch.testing.assert_close(attend(step, kind), step.expected(kind), rtol=1e-5, atol=1e-5)
 
 

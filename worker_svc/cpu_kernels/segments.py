@@ -1,0 +1,74 @@
+"""What the kernels of attention compute: rows together, and what they see as keys in runs of slots.
+
+Unlike the parts of `attention_plan`, whose keys are views of the cache, a segment is as long as the context: in a cache
+that has been full for a while a sequence's blocks lie here and there, and kernels gather what a run is too short for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from weft.hashing import BLOCK_SIZE
+from worker_svc.attention_plan import Family, joined, runs_of
+from worker_svc.step_input import StepInput
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Some rows and some keys: the first row sees the first `num_seen` keys, and each row after it one more."""
+
+    first_row: int  # of the step
+    num_rows: int
+    runs: tuple[tuple[int, int], ...]  # (slot, count)
+    num_keys: int  # in all runs; no row sees more
+    num_seen: int
+    window: int | None = None  # of what it sees, a row sees so many last ones
+
+    def seen_by(self, row: int) -> tuple[int, int]:
+        """The first key that a row of the step sees, and the one after the last."""
+        end = self.num_seen + row - self.first_row
+        return 0 if self.window is None else max(0, end - self.window), min(end, self.num_keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that are computed together; every row of a step is in one group."""
+
+    first_row: int  # of the step
+    num_rows: int
+    segments: tuple[Segment, ...]
+
+
+def plan_groups(families: Iterable[Family], step: StepInput, window: int | None) -> Iterator[Group]:
+    """Groups of the rows that `attention_plan.order_rows` gives. `window`: tokens that a row sees, itself included."""
+    row = 0
+    for family in families:
+        if window is None:
+            yield _plan_group(row, family, step, None)
+            row += sum(step.query_lens[i] for i in family.members)
+            continue
+        # What a window leaves of a shared prefix is another part for each member.
+        for i in family.members:
+            yield _plan_group(row, Family((i,)), step, window)
+            row += step.query_lens[i]
+
+
+def _plan_group(first_row: int, family: Family, step: StepInput, window: int | None) -> Group:
+    num_rows = sum(step.query_lens[i] for i in family.members)
+    shared = family.num_shared_blocks * BLOCK_SIZE
+    segments: list[Segment] = []
+    if shared:
+        runs = [(slot, count) for _, slot, count in runs_of(step.block_tables[family.members[0]], 0, shared)]
+        segments.append(Segment(first_row, num_rows, tuple(joined(runs)), shared, shared))
+    row = first_row
+    for i in family.members:
+        count, stop = step.query_lens[i], step.seq_lens[i]
+        start = stop - count
+        begin = shared if window is None else max(0, start + 1 - window)
+        runs = [(slot, length) for _, slot, length in runs_of(step.block_tables[i], begin, stop)]
+        # A single row sees all of its keys, in whatever order.
+        keys = tuple(joined(runs) if count == 1 else runs)
+        segments.append(Segment(row, count, keys, stop - begin, start + 1 - begin, window))
+        row += count
+    return Group(first_row, num_rows, tuple(segments))
