@@ -97,19 +97,19 @@ def order_rows(families: Iterable[Family], query_lens: Sequence[int]) -> list[in
     return [row for family in families for i in family.members for row in range(starts[i], starts[i] + query_lens[i])]
 
 
+def families_within(window: int | None, families: Iterable[Family]) -> Iterator[Family]:
+    """Sequences that attend together: what a window leaves of a shared prefix is another part for each member."""
+    for family in families:
+        yield from [family] if window is None else [Family((i,)) for i in family.members]
+
+
 def plan_units(families: Iterable[Family], step: StepInput, window: int | None) -> tuple[Unit, ...]:
     """Units of the rows that `order_rows` gives. `window`: how many tokens a query sees, itself included."""
     units: list[Unit] = []
     row = 0
-    for family in families:
-        if window is None:
-            units.append(_plan_unit(row, family, step, None))
-            row += units[-1].num_rows
-            continue
-        # What a window leaves of a shared prefix is another part for each member.
-        for i in family.members:
-            units.append(_plan_unit(row, Family((i,)), step, window))
-            row += units[-1].num_rows
+    for family in families_within(window, families):
+        units.append(_plan_unit(row, family, step, window))
+        row += units[-1].num_rows
     return tuple(units)
 
 

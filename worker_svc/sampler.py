@@ -60,7 +60,7 @@ class Samples:
 class Sampling:
     """Tokens that were sampled, and may still be on the device."""
 
-    token_ids: Tensor | list[int]  # [B] int64, on the device
+    token_ids: Tensor | list[int]  # [B] int64 on the device, or known already
     errors: dict[int, ErrorInfo]
     logprobs: LogprobTensors | None
 
@@ -101,12 +101,11 @@ class Sampler:
         """
         batch = self._batch_of(logits, sequences)
         drawn = batch if drafts is None else batch.with_drafts(drafts)
-        token_ids: Tensor | list[int]
         if drawn.is_greedy(len(logits)) and logits.device.type == "cpu" and IS_AVAILABLE:
-            token_ids, bad_rows = greedy(logits)
-            errors, logprobs = _errors(bad_rows), None
-        else:
-            token_ids, errors, logprobs = _sample(logits, drawn)
+            known, bad_rows = greedy(logits)
+            self._last = known
+            return Sampling(known, _errors(bad_rows), None)
+        token_ids, errors, logprobs = _sample(logits, drawn)
         self._last = token_ids
         if drafts is None:
             batch.advance(token_ids)
@@ -299,11 +298,11 @@ class _Batch:
                 token_ids[asked.index], margins[asked.index] = found
         return Foreseen(token_ids.tolist(), margins.tolist())
 
-    def advance(self, token_ids: Tensor | list[int]) -> None:
+    def advance(self, token_ids: Tensor) -> None:
         """Foresee the next step: each sequence is longer by the token that was sampled."""
         self.positions = [position + 1 for position in self.positions]
         if self.penalized:
-            self.penalized.count(torch.as_tensor(token_ids))
+            self.penalized.count(token_ids)
 
 
 def _stop_tokens(sequence: Sequence, vocab_size: int, device: torch.device) -> Tensor:

@@ -7,12 +7,13 @@ and so it does what these kernels do not know, latent attention and experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from worker_svc.attention_plan import find_families
+from worker_svc.attention_plan import Family
 from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear
 from worker_svc.backends.torch_backend import TorchBackend
 from worker_svc.backends.torch_layers import make_linear
@@ -42,15 +43,10 @@ class NumbaBackend(TorchBackend):
     def norm(self, weight: torch.Tensor, eps: float) -> RmsNorm:  # type: ignore[override]
         return RmsNorm(weight, eps)
 
-    def make_batch(
-        self, step: StepInput, kinds: Iterable[AttentionKind], key_bytes: int, last_tokens: torch.Tensor | None
-    ) -> Batch:
-        kinds = tuple(kinds)
-        batch = TorchBackend.make_batch(self, step, kinds, key_bytes, last_tokens)
+    def plan_attention(self, step: StepInput, families: Sequence[Family], kinds: Sequence[AttentionKind]) -> Any:
         if any(kind.value_dim is not None for kind in kinds):
-            return batch
-        families = find_families(step)
-        return replace(batch, attention={w: AttentionPlan(step, families, w) for w in batch.attention})
+            return TorchBackend.plan_attention(self, step, families, kinds)
+        return {window: AttentionPlan(step, families, window) for window in {kind.window for kind in kinds}}
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
         return embed(token_ids, table, scale)

@@ -5,14 +5,15 @@ A step's rows are put into the order of the attention's families (`worker_svc.at
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from worker_svc import rope
 from worker_svc.attention import attend
-from worker_svc.attention_plan import Unit, find_families, order_rows, plan_units
+from worker_svc.attention_plan import Family, Unit, find_families, order_rows, plan_units
 from worker_svc.backends.backend import Activation, AttentionKind, Batch, HeadShape, Linear, Norm, Routing
 from worker_svc.backends.torch_experts import TorchExperts, gated, route
 from worker_svc.backends.torch_layers import RmsNorm, embed, make_linear
@@ -66,9 +67,14 @@ class TorchBackend:
             token_ids,
             positions,
             slots,
-            {window: plan_units(families, step, window) for window in {kind.window for kind in kinds}},
+            self.plan_attention(step, families, tuple(kinds)),
             None if is_all else torch.tensor(logit_rows, dtype=torch.int64, device=self.device),
         )
+
+    def plan_attention(self, step: StepInput, families: Sequence[Family], kinds: Sequence[AttentionKind]) -> Any:
+        """What attends to what, for each window that a layer has; rows are in the order of the families."""
+        units: Units = {window: plan_units(families, step, window) for window in {kind.window for kind in kinds}}
+        return units
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
         return embed(token_ids, table, scale)

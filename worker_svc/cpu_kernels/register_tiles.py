@@ -25,47 +25,31 @@ TILE_ROWS: Final = tuple(rows for rows in (1, 2, 3, 4, 6, 8, 12) if rows <= MAX_
 UNROLL: Final = 4
 
 
-@intrinsic
-def multiply_tile(
-    context: Any,
-    num_rows: Any,
-    x: Any,
-    x_stride: Any,
-    panel: Any,
-    panel_stride: Any,
-    size: Any,
-    sums: Any,
-    sums_stride: Any,
-) -> Any:
-    """sums[r, c] = sum over k of x[r, k] * panel[k, c], for one of TILE_ROWS of rows, and c < PANEL.
-
-    Addresses, and bytes from one row of each to the next; `size`: channels, a multiple of UNROLL.
-    """
-    return _tile(is_added=False)
-
-
-@intrinsic
-def add_tile(
-    context: Any,
-    num_rows: Any,
-    x: Any,
-    x_stride: Any,
-    panel: Any,
-    panel_stride: Any,
-    size: Any,
-    sums: Any,
-    sums_stride: Any,
-) -> Any:
-    """As `multiply_tile`, but the products are added to what `sums` is."""
-    return _tile(is_added=True)
-
-
 def _tile(is_added: bool) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        generate_for_each(builder, args[0], lambda count: _generate_tile(builder, count, is_added, *args[1:]))
-        return context.get_dummy_value()
+    @intrinsic
+    def tile(
+        context: Any,
+        num_rows: Any,
+        x: Any,
+        x_stride: Any,
+        panel: Any,
+        panel_stride: Any,
+        size: Any,
+        sums: Any,
+        sums_stride: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            generate_for_each(builder, args[0], lambda count: _generate_tile(builder, count, is_added, *args[1:]))
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), generate
+        return types.void(*[types.int64] * 8), generate
+
+    return tile
+
+
+# sums[r, c] = sum over k of x[r, k] * panel[k, c], for one of TILE_ROWS of rows, and c < PANEL; or added to what `sums`
+# is. Addresses, and bytes from one row of each to the next; `size`: channels, a multiple of UNROLL.
+multiply_tile, add_tile = _tile(is_added=False), _tile(is_added=True)
 
 
 def generate_for_each(builder: Any, num_rows: Any, generate: Callable[[int], None]) -> None:
@@ -138,7 +122,7 @@ def _generate_tile(
     builder.position_at_end(after)
     for pair, ends in zip(targets, totals, strict=True):
         for target, end in zip(pair, ends, strict=True):
-            builder.store(end, builder.inttoptr(target, vector.as_pointer())).align = 4
+            _store_at(builder, target, end)
 
 
 def load_from(builder: Any, address: Any, kind: Any, align: int) -> Any:
@@ -146,6 +130,11 @@ def load_from(builder: Any, address: Any, kind: Any, align: int) -> Any:
     loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
     loaded.align = align
     return loaded
+
+
+def _store_at(builder: Any, address: Any, value: Any) -> None:
+    """`address`: a multiple of 4."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 4
 
 
 def spread_over(builder: Any, value: Any, vector: Any) -> Any:
@@ -174,8 +163,7 @@ def transpose_square(context: Any, source: Any, source_stride: Any, target: Any,
                 rows[i], rows[i + distance] = shuffled(builder, *pair, low), shuffled(builder, *pair, high)
             distance //= 2
         for i, row in enumerate(rows):
-            place = builder.add(to, builder.mul(to_stride, int64(i)))
-            builder.store(row, builder.inttoptr(place, vector.as_pointer())).align = 4
+            _store_at(builder, builder.add(to, builder.mul(to_stride, int64(i))), row)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate

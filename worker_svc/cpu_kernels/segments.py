@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from weft.hashing import BLOCK_SIZE
-from worker_svc.attention_plan import Family, joined, runs_of
+from worker_svc.attention_plan import Family, families_within, joined, runs_of
 from worker_svc.step_input import StepInput
 
 
@@ -43,15 +43,10 @@ class Group:
 def plan_groups(families: Iterable[Family], step: StepInput, window: int | None) -> Iterator[Group]:
     """Groups of the rows that `attention_plan.order_rows` gives. `window`: tokens that a row sees, itself included."""
     row = 0
-    for family in families:
-        if window is None:
-            yield _plan_group(row, family, step, None)
-            row += sum(step.query_lens[i] for i in family.members)
-            continue
-        # What a window leaves of a shared prefix is another part for each member.
-        for i in family.members:
-            yield _plan_group(row, Family((i,)), step, window)
-            row += step.query_lens[i]
+    for family in families_within(window, families):
+        group = _plan_group(row, family, step, window)
+        yield group
+        row += group.num_rows
 
 
 def _plan_group(first_row: int, family: Family, step: StepInput, window: int | None) -> Group:

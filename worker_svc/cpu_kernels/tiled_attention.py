@@ -260,10 +260,8 @@ class TilePlan:
                     own = max(first, segment.first_row)
                     num_own = min(first + num_rows, segment.first_row + segment.num_rows) - own
                     if num_own > 0:
-                        num_seen, (_, num_keys) = (
-                            segment.num_seen + own - segment.first_row,
-                            segment.seen_by(own + num_own - 1),
-                        )
+                        num_seen = segment.num_seen + own - segment.first_row
+                        _, num_keys = segment.seen_by(own + num_own - 1)
                         window = _ALL if segment.window is None else segment.window
                         segments.append((own - first, num_own, first_run, num_seen, num_keys, window))
                 pieces.append((first, num_rows, begin, len(segments)))
