@@ -1,7 +1,7 @@
 """Attention of single rows to the paged cache: softmax(cap(q k^T * scale)) v, without a copy of any context.
 
 Each row and KV head is one piece of work, in tiles of keys with a running softmax (Milakov and Gimelshein 2018), so
-that scores stay in registers and the first-level cache. While a tile is computed the next one is asked for: pages of
+that scores stay in registers and the first-level cache. While a tile is computed the next one is asked for: blocks of
 K and V are too small for the processor to see what comes.
 
 Reference: `attention.attend`.
@@ -10,13 +10,16 @@ Reference: `attention.attend`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import chain
 from typing import Final
 
+import numba
 import numpy as np
 import torch
 
+from weft.hashing import BLOCK_SIZE
 from worker_svc.cpu_kernels.exp import exp
 from worker_svc.cpu_kernels.launch import (
     LINE,
@@ -38,13 +41,20 @@ from worker_svc.cpu_kernels.launch import (
 )
 from worker_svc.cpu_kernels.segments import Group
 
-TILE: Final = 64
+# Keys of a tile: whole blocks.
+TILE: Final = 4 * BLOCK_SIZE
 # Bytes of K and V that take about a millisecond to read.
 LONG_BYTES: Final = 16 * 2**20
 _ONE: Final = np.float32(1.0)
 _TWO: Final = np.float32(2.0)
 _ZERO: Final = np.float32(0.0)
 _LOWEST: Final = np.float32(-np.inf)
+
+
+@numba.njit(inline="always")
+def _place_of(block, head, num_slots, head_dim):
+    """Bytes from the start of all keys, or values, to those of a block and head."""
+    return 4 * (head * num_slots + block * BLOCK_SIZE) * head_dim
 
 
 @cache
@@ -56,13 +66,10 @@ def _compiled(group: int, head_dim: int) -> Kernel:
         args = arguments(pointer)
         num_kv_heads, num_slots, q_stride = args[1], args[2], args[3]
         scale, soft_cap = np.float32(number(args[4])), np.float32(number(args[5]))
-        keys = floats(args[6], (num_kv_heads, num_slots, head_dim))
-        values = floats(args[7], (num_kv_heads, num_slots, head_dim))
         # Through one more address, so that a recorded launch finds the plan of the day.
-        plan = integers(args[8], 5)
-        num_rows = plan[4]
-        rows, first_runs = integers(plan[0], num_rows), integers(plan[1], num_rows + 1)
-        run_slots, run_counts = integers(plan[2], first_runs[num_rows]), integers(plan[3], first_runs[num_rows])
+        plan = integers(args[8], 3)
+        num_rows = plan[2]
+        rows, blocks = integers(plan[0], (num_rows, 4)), integers(plan[1], 1)
         weights = np.empty((group, TILE), np.float32)
         total = np.empty((group, head_dim), np.float32)
         highest = np.empty(group, np.float32)
@@ -70,69 +77,84 @@ def _compiled(group: int, head_dim: int) -> Kernel:
         step = num_threads()
         for item in range(thread_number(), num_rows * num_kv_heads, step):
             i, head = item // num_kv_heads, item % num_kv_heads
-            q = floats(args[9] + 4 * (rows[i] * q_stride + head * group * head_dim), (group, head_dim))
-            out = floats(args[10] + 4 * (rows[i] * args[11] + head * group * head_dim), (group, head_dim))
+            row, first_block, first, end = rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3]
+            q = floats(args[9] + 4 * (row * q_stride + head * group * head_dim), (group, head_dim))
+            out = floats(args[10] + 4 * (row * args[11] + head * group * head_dim), (group, head_dim))
             for g in range(group):
                 highest[g], sums[g] = _LOWEST, _ZERO
                 for d in range(head_dim):
                     total[g, d] = _ZERO
-            for run in range(first_runs[i], first_runs[i + 1]):
-                for offset in range(0, run_counts[run], TILE):
-                    slot = run_slots[run] + offset
-                    count = min(TILE, run_counts[run] - offset)
-                    next_head, next_slot = head, slot + TILE
-                    if offset + TILE >= run_counts[run]:
-                        if run + 1 < first_runs[i + 1]:
-                            next_slot = run_slots[run + 1]
-                        elif item + step < num_rows * num_kv_heads:
-                            next_head = (item + step) % num_kv_heads
-                            next_slot = run_slots[first_runs[(item + step) // num_kv_heads]]
-                    ahead = 4 * (next_head * num_slots + next_slot) * head_dim
-                    for j in range(count):
+            for start in range(0, end, TILE):
+                low, high = max(0, first - start), min(TILE, end - start)
+                here = first_block + start // BLOCK_SIZE
+                # What comes after: of this piece of work or of the next one.
+                there, next_head, next_high = here + TILE // BLOCK_SIZE, head, end - start - TILE
+                if next_high <= 0 and item + step < num_rows * num_kv_heads:
+                    i, next_head = (item + step) // num_kv_heads, (item + step) % num_kv_heads
+                    there, next_high = rows[i, 1], rows[i, 3]
+                for column in range(0, high, BLOCK_SIZE):
+                    place = _place_of(blocks[here + column // BLOCK_SIZE], head, num_slots, head_dim)
+                    keys = floats(args[6] + place, (BLOCK_SIZE, head_dim))
+                    ahead = place
+                    if column < next_high:
+                        ahead = _place_of(blocks[there + column // BLOCK_SIZE], next_head, num_slots, head_dim)
+                    for j in range(min(BLOCK_SIZE, high - column)):
                         for line in range(0, 4 * head_dim, LINE):
                             prefetch(args[6] + ahead + 4 * j * head_dim + line)
                         for g in range(group):
                             score = _ZERO
                             for d in range(head_dim):
-                                score += q[g, d] * keys[head, slot + j, d]
-                            weights[g, j] = score * scale
-                    for g in range(group):
-                        if soft_cap > _ZERO:
-                            for j in range(count):
-                                x = weights[g, j] / soft_cap
-                                weights[g, j] = soft_cap * (_ONE - _TWO / (exp(_TWO * x) + _ONE))
-                        top = highest[g]
-                        for j in range(count):
-                            top = larger(weights[g, j], top)
-                        # With all scores NaN or -inf there is none.
-                        shrink = exp(highest[g] - top)
-                        added = _ZERO
-                        for j in range(count):
-                            x = exp(weights[g, j] - top)
-                            weights[g, j] = x
-                            added += x
-                        highest[g] = top
-                        sums[g] = sums[g] * shrink + added
-                        for d in range(head_dim):
-                            total[g, d] *= shrink
+                                score += q[g, d] * keys[j, d]
+                            weights[g, column + j] = score * scale
+                for g in range(group):
+                    if soft_cap > _ZERO:
+                        for j in range(high):
+                            x = weights[g, j] / soft_cap
+                            weights[g, j] = soft_cap * (_ONE - _TWO / (exp(_TWO * x) + _ONE))
+                    # Hidden only now, since loops from 0 on are what the compiler makes vector instructions of.
+                    for j in range(low):
+                        weights[g, j] = _LOWEST
+                    top = highest[g]
+                    for j in range(high):
+                        top = larger(weights[g, j], top)
+                    # With all scores NaN or -inf there is none.
+                    shrink = exp(highest[g] - top)
+                    added = _ZERO
+                    for j in range(high):
+                        x = exp(weights[g, j] - top)
+                        weights[g, j] = x
+                        added += x
+                    highest[g] = top
+                    sums[g] = sums[g] * shrink + added
+                    for d in range(head_dim):
+                        total[g, d] *= shrink
+                for column in range(0, high, BLOCK_SIZE):
+                    place = _place_of(blocks[here + column // BLOCK_SIZE], head, num_slots, head_dim)
+                    values = floats(args[7] + place, (BLOCK_SIZE, head_dim))
+                    ahead = place
+                    if column < next_high:
+                        ahead = _place_of(blocks[there + column // BLOCK_SIZE], next_head, num_slots, head_dim)
+                    # Not even by 0 are values that nobody sees multiplied: they may be infinite.
+                    begin, stop = max(0, low - column), min(BLOCK_SIZE, high - column)
                     # Four keys at a time: sums are read and written a quarter as often.
-                    for j in range(0, count - 3, 4):
+                    for j in range(begin, stop - 3, 4):
                         for line in range(0, 16 * head_dim, LINE):
                             prefetch(args[7] + ahead + 4 * j * head_dim + line)
                         for g in range(group):
-                            a, b, c, e = weights[g, j], weights[g, j + 1], weights[g, j + 2], weights[g, j + 3]
+                            k = column + j
+                            a, b, c, e = weights[g, k], weights[g, k + 1], weights[g, k + 2], weights[g, k + 3]
                             for d in range(head_dim):
                                 total[g, d] += (
-                                    a * values[head, slot + j, d]
-                                    + b * values[head, slot + j + 1, d]
-                                    + c * values[head, slot + j + 2, d]
-                                    + e * values[head, slot + j + 3, d]
+                                    a * values[j, d]
+                                    + b * values[j + 1, d]
+                                    + c * values[j + 2, d]
+                                    + e * values[j + 3, d]
                                 )
-                    for j in range(count // 4 * 4, count):
+                    for j in range(stop - max(0, stop - begin) % 4, stop):
                         for g in range(group):
-                            a = weights[g, j]
+                            a = weights[g, column + j]
                             for d in range(head_dim):
-                                total[g, d] += a * values[head, slot + j, d]
+                                total[g, d] += a * values[j, d]
             for g in range(group):
                 factor = _ONE / sums[g]
                 for d in range(head_dim):
@@ -142,39 +164,28 @@ def _compiled(group: int, head_dim: int) -> Kernel:
 
 
 class RowPlan:
-    """Rows of a step and the runs of slots that each of them sees, for one window."""
+    """Rows of a step and the keys that each of them sees, for one window."""
 
     def __init__(self, groups: Iterable[Group] = ()) -> None:
-        rows: list[int] = []
-        first_runs = [0]
-        runs: list[tuple[int, int]] = []
+        rows: list[tuple[int, int, int, int]] = []
+        # Arrays, since a tensor takes several times as long to make.
+        self._blocks = array("q")
+        self.num_keys = 0
         for group in groups:
-            for row in range(group.first_row, group.first_row + group.num_rows):
-                rows.append(row)
-                for segment in group.segments:
-                    if segment.first_row <= row < segment.first_row + segment.num_rows:
-                        runs += _cut(segment.runs, *segment.seen_by(row))
-                first_runs.append(len(runs))
-        slots, counts = zip(*runs, strict=True) if runs else ((), ())
-        self.num_rows, self.num_keys = len(rows), sum(counts)
-        # Arrays, since a tensor takes several times as long to make: there are four in each step.
-        self._columns = [array("q", column) for column in (rows, first_runs, slots, counts)]
-        self.addresses = array("q", [*map(address_of, self._columns), len(rows)])
+            for row, table, first, end in group.rows():
+                skipped = first // BLOCK_SIZE
+                rows.append((row, len(self._blocks), first - skipped * BLOCK_SIZE, end - skipped * BLOCK_SIZE))
+                self._blocks.extend(table[skipped : -(-end // BLOCK_SIZE)])
+                self.num_keys += end - first
+        self.num_rows = len(rows)
+        self._rows = array("q", chain.from_iterable(rows))
+        self.addresses = array("q", [address_of(self._rows), address_of(self._blocks), len(rows)])
 
     def take(self, other: RowPlan) -> None:
         """Become this plan, in the place where recorded launches look for it."""
-        self._columns, self.num_rows, self.num_keys = other._columns, other.num_rows, other.num_keys
+        self._rows, self._blocks = other._rows, other._blocks
+        self.num_rows, self.num_keys = other.num_rows, other.num_keys
         self.addresses[:] = other.addresses
-
-
-def _cut(runs: Iterable[tuple[int, int]], first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Keys `first` to `end` of those in the runs."""
-    begin = 0
-    for slot, count in runs:
-        skipped, taken = max(0, first - begin), min(count, end - begin)
-        if skipped < taken:
-            yield slot + skipped, taken - skipped
-        begin += count
 
 
 def paged_attention(

@@ -248,20 +248,20 @@ class TilePlan:
         segments: list[tuple[int, int, int, int, int, int]] = []
         runs: list[tuple[int, int]] = []
         for group in groups:
-            first_runs = []
-            for segment in group.segments:
+            own_segments, first_runs = list(group.segments()), []
+            for segment in own_segments:
                 first_runs.append(len(runs))
                 runs += segment.runs
             end = group.first_row + group.num_rows
             for first in range(group.first_row, end, MAX_ROWS):
                 num_rows = min(MAX_ROWS, end - first)
                 begin = len(segments)
-                for segment, first_run in zip(group.segments, first_runs, strict=True):
+                for segment, first_run in zip(own_segments, first_runs, strict=True):
                     own = max(first, segment.first_row)
                     num_own = min(first + num_rows, segment.first_row + segment.num_rows) - own
                     if num_own > 0:
                         num_seen = segment.num_seen + own - segment.first_row
-                        _, num_keys = segment.seen_by(own + num_own - 1)
+                        num_keys = segment.num_seen_by(own + num_own - 1)
                         window = _ALL if segment.window is None else segment.window
                         segments.append((own - first, num_own, first_run, num_seen, num_keys, window))
                 pieces.append((first, num_rows, begin, len(segments)))
