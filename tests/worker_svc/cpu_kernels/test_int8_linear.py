@@ -38,8 +38,8 @@ def random_weight(num_columns: int, size: int) -> Int8Weight:
 def reference(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """[T, out] float64 for finite rows that are not zero."""
     largest = x.abs().amax(1, keepdim=True)
-    # In one rounding, as the kernel has it with a fused addition: a value may be just between two integers. And a number
-    # divided by a tensor would be multiplied by its inverse.
+    # In one rounding, as the kernel has it with a fused addition: a value may be just between two integers.
+    # A number divided by a tensor would be multiplied by its inverse, which is another rounding.
     steps = (x.double() * (torch.tensor(127.0) / largest).double()).round()
     products = (steps @ weight.values.double().T) * largest.double() / 127 * weight.scales.double().T
     return products + (0 if bias is None else bias.double())
