@@ -150,6 +150,9 @@ class DraftModel:
     def waits(self) -> bool:
         return self._patience.waits
 
+    def rests(self) -> bool:
+        return False
+
     def draft(self, sequences: Ordered[Sequence], rooms: Ordered[int], max_drafts: int) -> list[Ordered[int]]:
         self._drafting_s = self._reading_s = 0.0
         drafting = _Drafting(list(sequences), rooms, max_drafts, [self._stream(sequence) for sequence in sequences])

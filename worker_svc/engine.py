@@ -99,6 +99,7 @@ class _Flight:
     sampling: PendingSamples | None  # None if nothing was sampled
     began: float
     stopwatch: Stopwatch
+    is_observed: bool  # by who drafts
 
 
 @dataclass(slots=True)
@@ -318,11 +319,18 @@ class Engine:
             self._fail(sequence, sequence.num_known_tokens, ErrorInfo.of(error))
         self.load.num_preemptions += len(plan.preempted)
 
-    def _draft(self, plan: StepPlan) -> dict[Sequence, Ordered[int]]:
-        """Tokens to compute after the last ones of a decode step, as far as budget and blocks are left."""
+    def _draft(self, plan: StepPlan) -> dict[Sequence, Ordered[int]] | None:
+        """Tokens to compute after the last ones of a decode step, as far as budget and blocks are left.
+
+        None: nobody drafts, or the step is left alone.
+        """
         speculation, sequences = self._speculation, list(plan.num_scheduled_tokens)
-        if speculation is None or not sequences or not plan.is_decode or any(s.num_pending_tokens for s in sequences):
+        if speculation is None:
+            return None
+        if not sequences or not plan.is_decode or any(s.num_pending_tokens for s in sequences):
             return {}
+        if speculation.rests():
+            return None
         rooms = [
             make_room(
                 sequence,
@@ -335,8 +343,9 @@ class Engine:
         drafts = speculation.draft(sequences, rooms, self._limits.max_num_batched_tokens - len(sequences))
         return {sequence: draft for sequence, draft in zip(sequences, drafts, strict=True) if draft}
 
-    def _launch(self, plan: StepPlan, drafts: dict[Sequence, Ordered[int]], began: float) -> _Flight | None:
+    def _launch(self, plan: StepPlan, drafted: dict[Sequence, Ordered[int]] | None, began: float) -> _Flight | None:
         """Hand the step to the device, and count as computed what it will have computed."""
+        drafts = drafted or {}
         for source, target in plan.copies:
             self._runner.copy_block(source, target)
         if not plan.num_scheduled_tokens:
@@ -354,7 +363,7 @@ class Engine:
             (sequence, sequence.await_token(row), draft)
             for row, (sequence, draft) in enumerate(zip(sampled, sampled_drafts, strict=True))
         ]
-        return _Flight(plan, awaited, sampling, began, stopwatch)
+        return _Flight(plan, awaited, sampling, began, stopwatch, is_observed=drafted is not None)
 
     def _land(self) -> None:
         """Take the tokens of the step in flight, if there is one."""
@@ -450,7 +459,7 @@ class Engine:
         self.exchange.prefill_tokens_per_s = load.prefill_tokens_per_s
         load.device_busy_share = min(1.0, self._busy.add(flight.stopwatch.seconds(), seconds))
         load.num_output_tokens += num_emitted
-        if self._speculation is not None:
+        if self._speculation is not None and flight.is_observed:
             is_decode = num_tokens == len(flight.sampled) == len(emitted)
             live = [sequence for sequence in flight.plan.num_scheduled_tokens if sequence.state is not State.FINISHED]
             self._speculation.observe(StepOutcome(live, emitted, is_decode, seconds))

@@ -23,6 +23,9 @@ class Guesses:
         self._runner = runner
         self._rng = random.Random(seed)
 
+    def rests(self) -> bool:
+        return False
+
     def draft(self, sequences: Ordered[Sequence], rooms: Ordered[int], max_drafts: int) -> list[Ordered[int]]:
         drafts: list[Ordered[int]] = []
         for sequence, room in zip(sequences, rooms, strict=True):

@@ -22,8 +22,9 @@ NUM_KEPT: Final = 15
 # Cost of a drafted token before any was measured, and how far off that may be.
 PRIOR_COST: Final = 0.2
 PRIOR_DEVIATION: Final = 0.2
-# How much the seconds of like steps vary, as a share of them.
-STEP_DEVIATION: Final = 0.1
+# How much the seconds of like steps vary, as a share of them. With half as much, one slow step at the beginning was
+# believed, and a text that copies its prompt was not drafted for over hundreds of tokens.
+STEP_DEVIATION: Final = 0.2
 # Steps with drafts after which the plain step wants to be measured again: the contexts have grown.
 MAX_DRAFTED_STEPS: Final = 64
 # Steps after which a drafted token's cost is forgotten, if it was not measured again.
@@ -44,8 +45,9 @@ class _Recent:
 
     def add(self, value: float, now: int) -> None:
         self.values.append(value)
-        # The upper of two in the middle; `statistics.median` takes several times as long.
-        self.median = sorted(self.values)[len(self.values) // 2]
+        # The lower of two in the middle, as what holds steps up only makes them longer; `statistics.median` takes
+        # several times as long.
+        self.median = sorted(self.values)[(len(self.values) - 1) // 2]
         self.measured_at = now
 
 

@@ -49,6 +49,12 @@ class Speculation(Protocol):
     def waits(self) -> bool:
         """Whether the next step is to be planned only when the tokens of the one before are known."""
 
+    def rests(self) -> bool:
+        """Whether the next decode step is to be left alone: neither drafted for nor observed. Asked once for each.
+
+        Mutates: its count of such steps.
+        """
+
     def draft(self, sequences: Ordered[Sequence], rooms: Ordered[int], max_drafts: int) -> list[Ordered[int]]:
         """What may come next in each sequence of a decode step, all of whose tokens are known.
 
@@ -58,7 +64,7 @@ class Speculation(Protocol):
         """
 
     def observe(self, outcome: StepOutcome) -> None:
-        """Learn what came of a step, drafted for or not. Called for every step."""
+        """Learn what came of a step, drafted for or not. Called for every step but those that are left alone."""
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended, or given its blocks back."""

@@ -60,7 +60,7 @@ def test_cost_of_a_few_measurements_of_little_is_mostly_the_prior() -> None:
 def test_more_drafts_are_as_dear_as_fewer_until_measured_and_other_steps_as_these() -> None:
     cost = measured(0.7)
     for costs in (cost.token_costs(4, CONTEXT, 64), cost.token_costs(4, 8 * CONTEXT, 64)):
-        assert costs[4:] == [costs[3]] * 3 and costs[3] == pytest.approx(0.7, abs=0.02)
+        assert costs[4:] == [costs[3]] * 3 and costs[3] == pytest.approx(0.7, abs=0.03)
 
 
 def test_what_is_long_past_is_forgotten() -> None:

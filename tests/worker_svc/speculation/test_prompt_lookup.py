@@ -9,23 +9,37 @@ from worker_svc.speculation.speculation import Emitted, StepOutcome
 
 
 def step(lookup: PromptLookup, sequence: Sequence, token_id: int) -> int:
-    """One decode step that emits this token, and those of its draft that follow. Returns how many were drafted."""
-    (draft,) = lookup.draft([sequence], [4], 100)
+    """One decode step that emits this token and none of its draft. Returns how many were drafted."""
+    rests = lookup.rests()
+    (draft,) = [()] if rests else lookup.draft([sequence], [4], 100)
     index = len(sequence.token_ids)
     sequence.token_ids.append(token_id)
     emitted = Emitted(sequence, index, len(draft), [token_id])
-    lookup.observe(StepOutcome([sequence], [emitted], is_decode=True, seconds=0.01))
+    if not rests:
+        lookup.observe(StepOutcome([sequence], [emitted], is_decode=True, seconds=0.01))
     return len(draft)
 
 
 def test_without_repeats_most_steps_are_not_looked_at() -> None:
-    lookup, sequence = PromptLookup(4), make_sequence([1, 2, 3])
-    looks = []
-    for token_id in range(10, 10 + REST_AFTER + 4 * LOOK_EVERY):
-        step(lookup, sequence, token_id)
-        looks.append(lookup._looks)
+    lookup = PromptLookup(4)
+    looks = [not lookup.rests() for _ in range(REST_AFTER + 4 * LOOK_EVERY)]
     assert all(looks[:REST_AFTER])
     assert sum(looks[REST_AFTER:]) == 4
+
+
+def test_a_draft_that_does_not_stand_is_no_reason_to_look_more_often() -> None:
+    lookup, sequence = PromptLookup(4), make_sequence([1, 2, 3] * 20)
+    assert any([step(lookup, sequence, 1 + i % 3) for i in range(REST_AFTER)])
+    assert sum(not lookup.rests() for _ in range(8 * LOOK_EVERY)) == 8
+
+
+def test_a_drafted_token_that_stands_is() -> None:
+    lookup, sequence = PromptLookup(4), make_sequence([1, 2, 3])
+    while not lookup.rests():
+        pass
+    sequence.token_ids += [5, 6]
+    lookup.observe(StepOutcome([sequence], [Emitted(sequence, 3, 1, [5, 6])], is_decode=True, seconds=0.01))
+    assert not any(lookup.rests() for _ in range(REST_AFTER))
 
 
 def test_a_text_that_begins_to_repeat_is_drafted_for_after_a_rest() -> None:
