@@ -11,8 +11,9 @@ from worker_svc.speculation.length import DraftLength
 from worker_svc.speculation.ngram import FIRST_CHANCES, MAX_MATCH, NgramIndex
 from worker_svc.speculation.speculation import Patience, StepOutcome
 
-# Steps in a row without a drafted token that stood, after which all but each eighth are left alone: a look costs 0.1 ms,
-# which is 5 % of a step of a 6M-parameter model (AMD EPYC, 2026), and a text that begins to copy goes on for longer.
+# Steps in a row without a drafted token that stood, after which all but each eighth are left alone: a look costs
+# 0.1 ms, which is 5 % of a step of a 6M-parameter model (AMD EPYC, 2026), and a text that begins to copy goes on for
+# longer.
 REST_AFTER: Final = 16
 LOOK_EVERY: Final = 8
 # Tokens of a sequence that are indexed at a time, about 2 ms: a prompt that is cached comes all at once.
