@@ -81,7 +81,7 @@ def many_streams(num_streams: int = 256, rate: float = 30.0, seconds: float = 20
 def mesh_against_engine(repeats: int = 15, concurrent: int = 16) -> list[Figure]:
     """The same prompts through the whole mesh and through the engine alone in one process, in turn."""
     ratios, meshes, engines = [], [], []
-    flags = ("--prefix-cache", "false", "--kv-offload", "false")
+    flags = ("--prefix-cache", "false", "--kv-offload", "never")
     with ring.running(*flags) as mesh, bare.process(*flags) as engine:
         for repeat in range(repeats + 1):
             prompts = [_prompt(1000 * repeat + number, 64) for number in range(concurrent)]
@@ -141,7 +141,7 @@ def _padded(prompts: list[list[int]], outputs: list[int], batch: int) -> tuple[l
 def prefix_cache(repeats: int = 3, concurrent: int = 16) -> list[Figure]:
     """Time to first token of requests that share 1,024 tokens, and what the cache costs where nothing is shared."""
     gains, costs = [], []
-    common = ("--kv-offload", "false")
+    common = ("--kv-offload", "never")
     with (
         ring.running("--prefix-cache", "true", *common) as cached,
         ring.running("--prefix-cache", "false", *common) as plain,
