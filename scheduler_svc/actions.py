@@ -5,29 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weft.errors import WeftError
-from weft.messages import TokenizedRequest
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How one candidate looked to the route policy: `load` in sequences held, `matched_blocks` of the prompt cached."""
-
-    worker: str
-    load: int
-    waiting_tokens: int
-    matched_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Which worker, by which rule of the policy, and the best few of the candidates at that moment."""
-
-    worker: str
-    policy: str
-    rule: str
-    num_candidates: int
-    num_prompt_blocks: int
-    scores: tuple[Score, ...]
+from weft.messages import BacklogPlace, Decision, TokenizedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +14,7 @@ class Dispatch:
 
     request: TokenizedRequest
     decision: Decision
+    stop_after: int | None = None  # tokens of each choice after which the worker is to hand it back
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +30,7 @@ class Queued:
     """Tell the gateway that the request waits here."""
 
     request: TokenizedRequest
+    place: BacklogPlace
 
 
 @dataclass(frozen=True, slots=True)

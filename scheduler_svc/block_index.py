@@ -7,7 +7,7 @@ of workers. A holder whose events have a gap is asked for a snapshot; until it c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -44,17 +44,26 @@ class Match:
     def longest(self) -> int:
         return self.levels[-1][0] if self.levels else 0
 
-    def holder_bits(self) -> set[int]:
-        """Those with the longest match."""
-        # By way of a string, since shifting a mask of a thousand bits a thousand times is slow.
-        return (
-            {bit for bit, flag in enumerate(reversed(f"{self.levels[-1][1]:b}")) if flag == "1"}
-            if self.levels
-            else set()
-        )
+    @property
+    def holders(self) -> int:
+        """Mask of those with the longest match."""
+        return self.levels[-1][1] if self.levels else 0
+
+    def within(self, mask: int) -> Match:
+        """The same for some of the workers."""
+        return Match(tuple((depth, held & mask) for depth, held in self.levels if held & mask))
 
     def depth(self, bit: int) -> int:
-        return max((depth for depth, mask in self.levels if mask >> bit & 1), default=0)
+        """How many leading blocks one worker holds."""
+        return next((depth for depth, mask in reversed(self.levels) if mask >> bit & 1), 0)
+
+    def groups(self, candidates: int) -> Iterator[tuple[int, int]]:
+        """(number of leading blocks, mask of the candidates that hold so many and no more), deep to shallow."""
+        deeper = 0
+        for depth, mask in (*reversed(self.levels), (0, candidates)):
+            if mask & ~deeper:
+                yield depth, mask & ~deeper
+            deeper |= mask
 
 
 NO_MATCH: Final = Match()
@@ -148,6 +157,12 @@ class BlockIndex:
 
     def blocks_of(self, holder: str) -> frozenset[bytes]:
         return frozenset(self._holders[holder].blocks)
+
+    def num_only(self, holder: str) -> int:
+        """Blocks that no other holder has."""
+        found = self._holders[holder]
+        mask = 1 << found.bit
+        return sum(self._masks[block] == mask for block in found.blocks)
 
     def holders_of(self, block: bytes) -> frozenset[str]:
         mask = self._masks.get(block, 0)

@@ -6,16 +6,20 @@ little. Nothing here is remembered beyond the process: workers, blocks and reque
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from scheduler_svc.actions import Action, Decision, Dispatch, Dropped, Lost, Queued, Reject, WantSnapshot
+from scheduler_svc.actions import Action, Dispatch, Dropped, Lost, Queued, Reject, WantSnapshot
 from scheduler_svc.backlog import Backlog
-from scheduler_svc.block_index import NO_MATCH, BlockIndex
-from scheduler_svc.policy.admit import AdmitPolicy, BacklogView
-from scheduler_svc.policy.order import Fcfs, Waiting
-from scheduler_svc.policy.route import RoutePolicy
+from scheduler_svc.block_index import NO_MATCH, BlockIndex, Match
+from scheduler_svc.held import HeldBook
+from scheduler_svc.policies import Policies, PolicyMaker, PolicyNames
+from scheduler_svc.policy.admit import BacklogView, LoadView, objectives_of
+from scheduler_svc.policy.order import OrderPolicy, Waiting
+from scheduler_svc.policy.route import Arrival
+from scheduler_svc.pool import Pool
+from scheduler_svc.scaling import Demand
 from scheduler_svc.workers import InFlight, Worker
 from weft.columns import split_hashes, unpack_u32
 from weft.errors import InvalidRequest, InvariantViolation, Unavailable, WeftError
@@ -23,8 +27,11 @@ from weft.hashing import HASH_BYTES
 from weft.holder import Cancelled, MissingGateways
 from weft.messages import (
     HEARTBEAT_TIMEOUT_S,
+    BacklogPlace,
     Cancel,
+    Decision,
     Declined,
+    Ended,
     Heartbeat,
     KvEvents,
     TokenizedRequest,
@@ -37,17 +44,20 @@ from weft.subjects import Returned
 class ClusterState:
     """Workers, blocks, backlog and roster of one scheduler."""
 
-    def __init__(self, scheduler: str, *, admit: AdmitPolicy, order: type[Fcfs], route: RoutePolicy) -> None:
+    def __init__(self, scheduler: str, maker: PolicyMaker, names: PolicyNames | None = None) -> None:
+        """`names`: the policies of a model for which nothing else was said."""
         self._scheduler = scheduler
-        self._admit = admit
-        self._route = route
+        self._maker = maker
+        self._names = names or PolicyNames()
+        self._names_of: dict[str, PolicyNames] = {}  # models for which something else was said
+        self._policies: dict[str, Policies] = {}
         self._roster = Roster()
         self._workers: dict[str, Worker] = {}
-        # The workers with room, by model: their names, and the mask of their bits.
-        self._open: dict[str, dict[str, Worker]] = {}
-        self._open_masks: dict[str, int] = {}
+        self._num_of: dict[str, int] = {}  # workers by model
+        self._open: dict[str, Pool] = {}  # by model, the workers with room
         self._blocks = BlockIndex()
-        self._backlog = Backlog(order)
+        self._backlog = Backlog(self._make_order)
+        self._held = HeldBook()
         self._cancelled = Cancelled()
         self._in_flight: dict[tuple[str, int], str] = {}  # (request id, epoch) → worker
         self._missing = MissingGateways(self._roster)
@@ -69,13 +79,17 @@ class ClusterState:
         error = self._impossible(request)
         if error is not None:
             return [*actions, Reject(request, error)]
+        candidates = Pool() if self._backlog.count(request.model) else self._candidates(request)
+        admit = self._policies_of(request.model).admit
+        if request.epoch == 0 and (admit.uses_load or not candidates):
+            error = admit.decide(request, self._view(request.model), lambda: self._load_view(request.model, now))
+            if error is not None:
+                return [*actions, Reject(request, error)]
         self._next_ticket += 1
-        waiting = Waiting(request, self._next_ticket, now)
-        candidates = [] if self._backlog.count(request.model) else self._candidates(request)
+        match = self._match(request, candidates) if candidates else None
+        waiting = self._waiting(request, self._next_ticket, now, match)
         if candidates:
-            return [*actions, self._place(waiting, candidates, now)]
-        if request.epoch == 0 and (error := self._admit.decide(request, self._view(request.model))) is not None:
-            return [*actions, Reject(request, error)]
+            return [*actions, self._place(waiting, candidates, now, match)]
         return [*actions, *self._wait(waiting, now)]
 
     def on_status(self, status: WorkerStatus, now: float) -> list[Action]:
@@ -96,9 +110,23 @@ class ClusterState:
         self.num_lost += len(worker.apply(status, self._scheduler, now))
         self._in_flight |= dict.fromkeys(worker.in_flight, worker.name)
         self._refresh(worker)
+        self._held.on_status(status, now)
+        policies = self._policies_of(status.model)
+        if not policies.is_calibrated:
+            policies.cost.follow(status.prefill_tokens_per_s, status.step_s)
         if self._blocks.check_sequence(worker.name, status.kv_sequence, now):
             actions.append(WantSnapshot(worker.name))
         return actions + self._pump(status.model, now)
+
+    def on_ended(self, ended: Ended) -> None:
+        """A worker tells of choices that have generated all they will: predictions and fairness learn from them."""
+        policies, order = self._policies_of(ended.model), self._backlog.order(ended.model)
+        prompts, outputs = unpack_u32(ended.num_prompt_tokens), unpack_u32(ended.num_output_tokens)
+        for request_id, tenant, prompt, output in zip(ended.request_ids, ended.tenants, prompts, outputs, strict=True):
+            policies.predict.learn(tenant, prompt, output)
+            held = self._held.end_choice(request_id)
+            if held is not None:
+                order.on_ended(tenant, held.remaining_each, output - held.num_generated_each)
 
     def on_kv(self, events: KvEvents, now: float) -> list[Action]:
         """A worker tells which blocks it gained and lost, or answers with all it holds."""
@@ -114,7 +142,7 @@ class ClusterState:
             self._refresh(worker)
         if flight is None:
             self._next_ticket += 1
-            flight = InFlight(request, self._next_ticket, now)
+            flight = InFlight(self._waiting(request, self._next_ticket, now), now)
         return self._put_back(flight, now)
 
     def on_returned(self, hop: Returned, error: WeftError, now: float) -> list[Action]:
@@ -137,6 +165,9 @@ class ClusterState:
         slots = set(unpack_u32(cancel.slots))
         if not slots:
             self._cancelled.remember(cancel.request_id, cancel.epoch)
+            self._held.end(cancel.request_id)
+        for _ in slots:
+            self._held.end_choice(cancel.request_id)
         waiting = self._backlog.get(cancel.request_id)
         if waiting is None or waiting.request.epoch > cancel.epoch:
             return []
@@ -147,7 +178,7 @@ class ClusterState:
         self._backlog.remove(cancel.request_id)
         if not left:
             return [Dropped(request, "cancelled"), *self._pump(request.model, now)]
-        smaller = Waiting(msgspec.structs.replace(request, choices=left), waiting.ticket, waiting.since)
+        smaller = self._waiting(msgspec.structs.replace(request, choices=left), waiting.ticket, waiting.since)
         self._backlog.add(smaller, now)
         return self._pump(request.model, now)
 
@@ -179,6 +210,39 @@ class ClusterState:
         requests = [self._backlog.remove(waiting.request.request_id).request for waiting in self._backlog]
         return [Lost(request, _draining()) for request in requests]
 
+    # ---- policies ----
+
+    def set_policies(self, changes: Mapping[str, str], model: str | None, now: float) -> list[Action]:
+        """Switch some policies, of one model or of all; what waits is ordered anew.
+
+        Raises:
+            InvalidRequest: an unknown family or name; nothing has changed.
+        """
+        if model is None:
+            self._names = self._names.with_changes(changes)
+            self._names_of = {name: names.with_changes(changes) for name, names in self._names_of.items()}
+        else:
+            self._names_of[model] = self.policy_names(model).with_changes(changes)
+        for name in list(self._policies) if model is None else [model]:
+            before = self._policies.get(name)
+            if before is not None and before.names != self.policy_names(name):
+                self._policies[name] = self._maker.make(self.policy_names(name), before)
+                if before.names.order != self.policy_names(name).order:
+                    self._backlog.reorder(name, now)
+        return self._pump_all(now)
+
+    def policy_names(self, model: str | None = None) -> PolicyNames:
+        """Of a model; of those for which nothing else was said without one."""
+        return self._names if model is None else self._names_of.get(model, self._names)
+
+    def _policies_of(self, model: str) -> Policies:
+        if model not in self._policies:
+            self._policies[model] = self._maker.make(self.policy_names(model))
+        return self._policies[model]
+
+    def _make_order(self, model: str) -> OrderPolicy:
+        return self._maker.order(self.policy_names(model))
+
     # ---- what is known ----
 
     @property
@@ -197,6 +261,30 @@ class ClusterState:
         """What ready workers serve."""
         return sorted({worker.status.model for worker in self._workers.values() if worker.status.state == "ready"})
 
+    def schedulers(self) -> set[str]:
+        """Those that are ready, this one among them."""
+        ready = {member.instance for member in self._roster.members("scheduler") if member.state == "ready"}
+        return ready | {self._scheduler}
+
+    def demands(self) -> list[Demand]:
+        """What scaling may know, of each model that anybody serves, tokenizes or waits for."""
+        models = set(self._backlog.models()) | {worker.status.model for worker in self._workers.values()}
+        models |= {model for member in self._roster.members("tokenizer") for model in member.models}
+        return [self._demand(model) for model in sorted(models)]
+
+    def _demand(self, model: str) -> Demand:
+        # One that starts does not say which model before it has read its folder.
+        starting = [member for member in self._roster.members("worker") if member.state == "starting"]
+        workers = [worker for worker in self._workers.values() if worker.status.model == model]
+        return Demand(
+            model=model,
+            num_waiting=self._backlog.count(model),
+            num_waiting_tokens=self._backlog.num_tokens(model),
+            workers=tuple(worker for worker in workers if worker.status.state == "ready"),
+            num_starting=sum(not member.models or model in member.models for member in starting),
+            count_only_blocks=self._blocks.num_only,
+        )
+
     def stats(self) -> dict[str, float]:
         return {
             "waiting_requests": float(len(self._backlog)),
@@ -207,6 +295,16 @@ class ClusterState:
             "schedulers": float(self._num_schedulers),
             "blocks": float(self._blocks.num_blocks),
             "assignments_lost_total": float(self.num_lost),
+            **self._prediction_stats(),
+        }
+
+    def _prediction_stats(self) -> dict[str, float]:
+        found = [policies.predict.accuracy for policies in self._policies.values()]
+        ended = sum(accuracy.num_ended for accuracy in found)
+        return {
+            "predictions_total": float(ended),
+            "predictions_in_bucket_total": float(sum(accuracy.num_same_bucket for accuracy in found)),
+            "prediction_error_tokens_total": sum(accuracy.sum_error for accuracy in found),
         }
 
     def check(self) -> None:
@@ -216,7 +314,7 @@ class ClusterState:
             raise InvariantViolation("assignments on their way differ from those of the workers")
         for worker in self._workers.values():
             counted = sum(flight.num_choices for flight in worker.in_flight.values())
-            is_open = worker.name in self._open.get(worker.status.model, {})
+            is_open = worker.name in self._open.get(worker.status.model, ())
             if counted != worker.num_on_the_way or is_open != bool(worker.room):
                 raise InvariantViolation(f"the room of {worker.name} is not what its books say")
         for model in self._backlog.models():
@@ -242,9 +340,12 @@ class ClusterState:
         return [Dropped(self._backlog.remove(request_id).request, "superseded")], False
 
     def _impossible(self, request: TokenizedRequest) -> WeftError | None:
-        sizes = [w.status.max_num_seqs for w in self._workers.values() if w.status.model == request.model]
         if len(request.block_hashes) % HASH_BYTES:
             return InvalidRequest("block hashes are no whole number of hashes", param="prompt")
+        if len(request.choices) == 1:
+            # Nobody need look at every worker.
+            return None
+        sizes = [w.status.max_num_seqs for w in self._workers.values() if w.status.model == request.model]
         if not sizes or len(request.choices) <= max(sizes):
             return None
         return InvalidRequest(
@@ -256,7 +357,13 @@ class ClusterState:
         request = waiting.request
         self._backlog.add(waiting, now)
         actions = self._pump(request.model, now)
-        return [*actions, Queued(request)] if self._backlog.get(request.request_id) is waiting else actions
+        if self._backlog.get(request.request_id) is not waiting:
+            return actions
+        model, policies = request.model, self._policies_of(request.model)
+        place = BacklogPlace(
+            self._backlog.count(model), self._num_of.get(model, 0), policies.names.admit, policies.names.order
+        )
+        return [*actions, Queued(request, place)]
 
     def _put_back(self, flight: InFlight, now: float) -> list[Action]:
         """What is known not to have been taken waits again, in its old place."""
@@ -267,7 +374,9 @@ class ClusterState:
             return [Dropped(request, "superseded"), *self._pump(request.model, now)]
         if self._is_draining:
             return [Lost(request, _draining())]
-        return self._wait(Waiting(request, flight.ticket, now), now)
+        self._held.end(request.request_id)
+        self._backlog.order(request.model).on_put_back(flight.waiting)
+        return self._wait(self._waiting(request, flight.ticket, flight.waiting.since), now)
 
     def _pump_all(self, now: float) -> list[Action]:
         return [action for model in self._backlog.models() for action in self._pump(model, now)]
@@ -277,40 +386,78 @@ class ClusterState:
         actions: list[Action] = []
         while (head := self._backlog.head(model, now)) is not None:
             error = self._impossible(head.request)
-            candidates = self._candidates(head.request) if error is None else []
+            candidates = self._candidates(head.request) if error is None else Pool()
             if error is None and not candidates:
                 break
             self._backlog.remove(head.request.request_id)
             actions.append(Reject(head.request, error) if error else self._place(head, candidates, now))
         return actions
 
-    def _candidates(self, request: TokenizedRequest) -> list[Worker]:
-        workers = self._open.get(request.model, {}).values()
+    def _candidates(self, request: TokenizedRequest) -> Pool:
+        pool = self._open.get(request.model)
+        if pool is None:
+            return Pool()
         num_choices = len(request.choices)
         if num_choices == 1:
-            return list(workers)
-        return [worker for worker in workers if worker.has_room(num_choices, self._num_schedulers)]
+            return pool
+        return Pool(worker for worker in pool if worker.has_room(num_choices, self._num_schedulers))
 
-    def _place(self, waiting: Waiting, candidates: list[Worker], now: float) -> Dispatch:
+    def _waiting(self, request: TokenizedRequest, ticket: int, since: float, match: Match | None = None) -> Waiting:
+        """What order policies may know of a request."""
+        policies = self._policies_of(request.model)
+        each = (policies.predict.remaining(request, len(choice.emitted) // 4) for choice in request.choices)
+        num_matched = 0
+        if policies.order_uses_prefix:
+            found = match or self._blocks.match(split_hashes(request.block_hashes), -1)
+            num_matched = found.longest * self._maker.block_size
+        deadline = since + objectives_of(request, self._maker.objectives).ttft_s
+        return Waiting(request, ticket, since, sum(each), num_matched, deadline)
+
+    def _match(self, request: TokenizedRequest, candidates: Pool) -> Match:
+        if not self._policies_of(request.model).route.uses_prefix or not request.block_hashes:
+            return NO_MATCH
+        return self._blocks.match(split_hashes(request.block_hashes), candidates.mask)
+
+    def _place(self, waiting: Waiting, candidates: Pool, now: float, match: Match | None = None) -> Dispatch:
         request = waiting.request
-        decision = self._decide(request, candidates)
+        decision = self._decide(waiting, candidates, self._match(request, candidates) if match is None else match, now)
         worker = self._workers[decision.worker]
         self._num_dispatches += 1
-        flight = InFlight(request, waiting.ticket, now)
+        flight = InFlight(waiting, now)
         worker.send(flight, self._num_dispatches)
         self._in_flight[flight.key] = worker.name
         self._refresh(worker)
-        return Dispatch(request, decision)
+        order = self._backlog.order(request.model)
+        stop_after = min(filter(None, (decision.stop_after, order.quantum(waiting))), default=None)
+        order.on_sent(waiting)
+        self._held.send(waiting, worker, decision.expected_ttft_s, now)
+        return Dispatch(request, decision, stop_after)
 
-    def _decide(self, request: TokenizedRequest, candidates: list[Worker]) -> Decision:
-        num_blocks = len(request.block_hashes) // HASH_BYTES
-        if not self._route.uses_prefix or not num_blocks:
-            return self._route.decide(candidates, NO_MATCH, num_blocks)
-        mask = self._open_masks[request.model]
-        if len(candidates) < len(self._open[request.model]):
-            mask = sum(1 << worker.bit for worker in candidates)
-        match = self._blocks.match(split_hashes(request.block_hashes), mask)
-        return self._route.decide(candidates, match, num_blocks)
+    def _decide(self, waiting: Waiting, candidates: Pool, match: Match, now: float) -> Decision:
+        request = waiting.request
+        arrival = Arrival(
+            num_tokens=request.num_tokens,
+            num_blocks=len(request.block_hashes) // HASH_BYTES,
+            remaining=waiting.remaining,
+            now=now,
+            match=match,
+            is_decode=request.yield_epoch > 0,
+        )
+        return self._policies_of(request.model).route.decide(arrival, candidates)
+
+    def _load_view(self, model: str, now: float) -> LoadView:
+        workers = [worker for worker in self._workers.values() if worker.status.model == model]
+        ready = [worker for worker in workers if worker.status.state == "ready"]
+        held = self._held.of_model(model)
+        return LoadView(
+            backlog=self._view(model),
+            num_workers=len(ready),
+            num_queued_tokens=self._backlog.num_tokens(model) + sum(worker.waiting_tokens for worker in ready),
+            num_running=sum(worker.load for worker in ready),
+            num_context_tokens=sum(entry.num_tokens for entry in held),
+            now=now,
+            held=held,
+        )
 
     def _view(self, model: str) -> BacklogView:
         ready = [
@@ -331,7 +478,17 @@ class ClusterState:
     def _add_worker(self, status: WorkerStatus, now: float) -> Worker:
         bit = self._blocks.add(status.worker, status.worker_epoch)
         worker = self._workers[status.worker] = Worker(status.worker, bit, status, now)
+        self._count_workers(status.model, 1)
         return worker
+
+    def _count_workers(self, model: str, more: int) -> None:
+        self._num_of[model] = self._num_of.get(model, 0) + more
+        if not self._num_of[model]:
+            # What policies have learnt is of workers that may never come back.
+            del self._num_of[model]
+            self._policies.pop(model, None)
+            self._open.pop(model, None)
+            self._backlog.forget(model)
 
     def _worker_gone(self, name: str) -> list[Action]:
         """Forget a worker's room and blocks.
@@ -343,6 +500,8 @@ class ClusterState:
         worker.is_full = True
         self._refresh(worker)
         self._blocks.remove(name)
+        self._held.worker_gone(name)
+        self._count_workers(worker.status.model, -1)
         actions: list[Action] = []
         for flight in worker.in_flight.values():
             del self._in_flight[flight.key]
@@ -361,16 +520,11 @@ class ClusterState:
     def _refresh(self, worker: Worker) -> None:
         """After anything about a worker changed: its room, and whether it is among those that have some."""
         worker.refresh(self._num_schedulers)
-        model = worker.status.model
-        workers = self._open.setdefault(model, {})
-        if bool(worker.room) == (worker.name in workers):
-            return
-        mask = self._open_masks.get(model, 0)
-        self._open_masks[model] = mask ^ (1 << worker.bit)
+        pool = self._open.setdefault(worker.status.model, Pool())
         if worker.room:
-            workers[worker.name] = worker
+            pool.put(worker)
         else:
-            del workers[worker.name]
+            pool.discard(worker)
 
     # ---- who is there ----
 
@@ -389,8 +543,7 @@ class ClusterState:
         return actions
 
     def _count_schedulers(self, now: float) -> list[Action]:
-        ready = {member.instance for member in self._roster.members("scheduler") if member.state == "ready"}
-        self._num_schedulers = len(ready | {self._scheduler})
+        self._num_schedulers = len(self.schedulers())
         for worker in self._workers.values():
             self._refresh(worker)
         return self._pump_all(now)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from scheduler_svc.policy.order import Waiting
 from weft.messages import TokenizedRequest, WorkerStatus
 
 # An assignment that no status has accounted for after this long got lost on the way. The gateway recovers it.
@@ -19,9 +20,16 @@ LOST_AFTER_S: Final = 3.0
 class InFlight:
     """An assignment on its way."""
 
-    request: TokenizedRequest
-    ticket: int
+    waiting: Waiting
     sent_at: float
+
+    @property
+    def request(self) -> TokenizedRequest:
+        return self.waiting.request
+
+    @property
+    def ticket(self) -> int:
+        return self.waiting.ticket
 
     @property
     def key(self) -> tuple[str, int]:
@@ -30,6 +38,9 @@ class InFlight:
     @property
     def num_choices(self) -> int:
         return len(self.request.choices)
+
+
+Rank = tuple[float, int, int, str]
 
 
 @dataclass(slots=True)
@@ -43,7 +54,7 @@ class Worker:
     room: int = 0
     load: int = 0  # sequences held or on their way
     waiting_tokens: int = 0  # to be computed before a new request's turn, those on their way included
-    rank: tuple[float, int, int, str] = (0.0, 0, 0, "")  # the least loaded has the least
+    rank: Rank = (0.0, 0, 0, "")  # the least loaded has the least
     last_used: int = 0  # number of the dispatch that last went here
     is_full: bool = False  # it declined, and has not been heard of since
     in_flight: dict[tuple[str, int], InFlight] = field(default_factory=dict)
@@ -53,6 +64,11 @@ class Worker:
     @property
     def epoch(self) -> int:
         return self.status.worker_epoch
+
+    @property
+    def load_fraction(self) -> float:
+        """Sequences held or on their way, of those that it runs at once."""
+        return self.rank[0]
 
     def apply(self, status: WorkerStatus, scheduler: str, now: float) -> list[InFlight]:
         """Take in a newer status of the same life; returns what it shows to be lost. Mutates self.

@@ -26,3 +26,7 @@ MAX_PROMPT_TOKENS: Final = 1_000_000
 MAX_TOKEN_ID: Final = 2**31 - 1
 MAX_FRAME_ROWS: Final = 65_536
 MAX_IDS_PER_MESSAGE: Final = 500_000  # block hashes in one message
+MAX_PRIORITY: Final = 1000
+MAX_WORKERS: Final = 10_000  # of a model, that scaling may ask for
+MAX_PLACED: Final = 1024  # decisions in one message
+MAX_SCORES: Final = 8  # candidates that a scheduler's decision lists

@@ -38,6 +38,8 @@ U8Column = Annotated[bytes, Meta(max_length=limits.MAX_FRAME_ROWS)]
 U32Column = Annotated[bytes, Meta(max_length=4 * limits.MAX_FRAME_ROWS)]
 Data = Annotated[bytes, Meta(max_length=limits.MAX_MESSAGE_BYTES)]
 Stamps = Annotated[dict[Name, Seconds], Meta(max_length=32)]
+Priority = Annotated[int, Meta(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)]  # lower is earlier
+WorkerRole = Literal["both", "prefill", "decode"]
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -138,6 +140,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=1, tag_field="t", forbid_
     choices: Annotated[list[Choice], Meta(min_length=1, max_length=limits.MAX_CHOICES)]
     # Part of every block hash: two requests share cached blocks only if their salts are equal.
     cache_salt: Name = ""
+    tenant: Name = ""
+    priority: Priority = 0
+    slo_class: Name = ""  # which objectives a scheduler has for it
+    yield_epoch: U32 = 0  # the last epoch that began because a worker handed the request back as it was told to
     stamps: Stamps = {}  # when each hop handled the request
     v: Literal[1] = 1
 
@@ -157,8 +163,17 @@ class TokenizedRequest(msgspec.Struct, frozen=True, tag=2, tag_field="t", forbid
     sampling: SamplingParams
     choices: Annotated[list[Choice], Meta(min_length=1, max_length=limits.MAX_CHOICES)]
     cache_salt: Name = ""
+    tenant: Name = ""
+    priority: Priority = 0
+    slo_class: Name = ""
+    yield_epoch: U32 = 0
     stamps: Stamps = {}
     v: Literal[1] = 1
+
+    @property
+    def is_recovered(self) -> bool:
+        """Whether it has begun and lost whoever held it."""
+        return self.epoch > self.yield_epoch
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -171,10 +186,15 @@ class TokenizedRequest(msgspec.Struct, frozen=True, tag=2, tag_field="t", forbid
 
 
 class Assignment(msgspec.Struct, frozen=True, tag=3, tag_field="t", forbid_unknown_fields=True):
-    """Hop 3, on `subjects.assign(worker)`."""
+    """Hop 3, on `subjects.assign(worker)`.
+
+    With `stop_after` the worker ends each choice with `FINISH_YIELD` after so many new tokens, unless it has ended by
+    itself; the gateway then sends the request into the ring again, as after a recovery.
+    """
 
     request: TokenizedRequest
     scheduler: Id
+    stop_after: Annotated[int, Meta(ge=1, le=limits.MAX_PROMPT_TOKENS)] | None = None
     v: Literal[1] = 1
 
 
@@ -193,6 +213,7 @@ FINISH_STOP: Final = 1  # EOS or a stop token: the row's last token, counted but
 FINISH_LENGTH: Final = 2  # max_tokens or the model's context
 FINISH_ABORT: Final = 3  # cancelled; the gateway knows why
 FINISH_ERROR: Final = 4  # this sequence alone failed; `TokenFrame.errors` says how
+FINISH_YIELD: Final = 5  # handed back after `Assignment.stop_after` tokens: it goes on elsewhere
 
 
 class RowLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -244,24 +265,81 @@ class TokenFrame(msgspec.Struct, frozen=True, tag=5, tag_field="t", forbid_unkno
 # ---- 5 any → gateway ------------------------------------------------------------------------------------------------
 
 
+class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one candidate looked to the route policy: `load` in sequences held, `matched_blocks` of the prompt cached."""
+
+    worker: Name  # not matched against the pattern of ids, which takes 1.5 µs for each
+    load: U32
+    waiting_tokens: U53
+    matched_blocks: U32
+
+
+class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which worker, by which rule of the policy, and the best few of the candidates at that moment, it first."""
+
+    worker: Id
+    policy: Name
+    rule: Name
+    num_candidates: U32
+    num_prompt_blocks: U32
+    scores: Annotated[tuple[Score, ...], Meta(max_length=limits.MAX_SCORES)]
+    expected_ttft_s: Seconds | None = None
+    stop_after: U32 | None = None  # tokens of each choice after which the worker is to hand it back
+
+
+class BacklogPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a request waits: `num_waiting` of its model, itself among them, in the order of a policy."""
+
+    num_waiting: U53
+    num_workers: U32  # that serve the model, none of which has room for it
+    admit: Name  # the policy that let it in
+    order: Name
+
+
 class StreamEvent(msgspec.Struct, frozen=True, tag=6, tag_field="t", forbid_unknown_fields=True):
     """News about a request that is no token, on `subjects.events(gateway)`.
 
-    `queued`    a scheduler holds it in its backlog (sent only if it does not go on at once)
+    `queued`    a scheduler holds it in its backlog (sent only if it does not go on at once); `place` says how
     `started`   a worker has planned its first step; says what the prefix cache gave
+    `prefill`   a prompt that takes several steps: `num_chunks` of them so far (sent at every eighth, and at the end)
+    `preempted` a worker took its blocks for others, and will compute it again
     `rejected`  it will not be served, by its own fault or admission's: final, `error` says why
     `lost`      the sender could not hand it on, or hands it back (draining): the gateway recovers it
     """
 
     request_id: Id
     epoch: U32
-    kind: Literal["queued", "started", "rejected", "lost"]
+    kind: Literal["queued", "started", "prefill", "preempted", "rejected", "lost"]
     role: Role
     instance: Id
     error: ErrorInfo | None = None
     num_prompt_tokens: U53 = 0
     num_cached_tokens: U53 = 0
     stamps: Stamps = {}
+    place: BacklogPlace | None = None
+    num_chunks: U53 = 0
+    num_computed_tokens: U53 = 0  # of the sequence that this is about
+    v: Literal[1] = 1
+
+
+class Placed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A request that a scheduler has sent to a worker, and why there."""
+
+    request_id: Id
+    epoch: U32
+    num_prompt_tokens: U53
+    stamps: Stamps
+    decision: Decision
+
+
+class Decisions(msgspec.Struct, frozen=True, tag=30, tag_field="t", forbid_unknown_fields=True):
+    """What a scheduler has decided of late, on `subjects.events(gateway)`: for people who ask, so it need not be soon.
+
+    A message that is lost costs explanations and nothing else.
+    """
+
+    scheduler: Id
+    placed: Annotated[list[Placed], Meta(max_length=limits.MAX_PLACED)]
     v: Literal[1] = 1
 
 
@@ -323,7 +401,29 @@ class WorkerStatus(msgspec.Struct, frozen=True, tag=9, tag_field="t", forbid_unk
     kv_sequence: U53  # of the last KvEvents sent
     prefill_tokens_per_s: Seconds = 0.0  # measured; 0 = not yet
     decode_tokens_per_s: Seconds = 0.0
+    role: WorkerRole = "both"
+    step_s: Seconds = 0.0  # of late; what a decode waits for its next token
     v: Literal[1] = 1
+
+
+class Ended(msgspec.Struct, frozen=True, tag=28, tag_field="t", forbid_unknown_fields=True):
+    """Choices that ended in a step, on `subjects.ended(worker)`: schedulers learn lengths by them, and charge tenants.
+
+    Row i is a choice of `request_ids[i]`. A message that is lost costs a little knowledge and nothing else.
+    """
+
+    worker: Id
+    model: Name
+    request_ids: Annotated[list[Id], Meta(max_length=limits.MAX_FRAME_ROWS)]
+    tenants: Annotated[list[Name], Meta(max_length=limits.MAX_FRAME_ROWS)]
+    num_prompt_tokens: U32Column
+    num_output_tokens: U32Column  # of all epochs
+    v: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        rows = len(self.request_ids)
+        if not 4 * rows == 4 * len(self.tenants) == len(self.num_prompt_tokens) == len(self.num_output_tokens):
+            raise ValueError("columns differ in length")
 
 
 class KvEvents(msgspec.Struct, frozen=True, tag=10, tag_field="t", forbid_unknown_fields=True):
@@ -353,6 +453,24 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=11, tag_field="t", forbid_unkno
     epoch: U53
     state: State
     models: Annotated[list[Name], Meta(max_length=256)] = []
+    v: Literal[1] = 1
+
+
+class ScaleAdvice(msgspec.Struct, frozen=True, tag=29, tag_field="t", forbid_unknown_fields=True):
+    """How many workers a model should have, on `subjects.scale(model)`, twice a second and at once from zero.
+
+    Every scheduler tells what waits with it; the one with the lowest name adds all up and sets `target`. Whoever starts
+    workers makes it so: the target is absolute, so a message that is lost or comes twice changes nothing.
+    """
+
+    scheduler: Id
+    model: Name
+    num_waiting: U53 = 0  # requests in this scheduler's backlog
+    num_waiting_tokens: U53 = 0  # that these have to be prefilled
+    num_arrived: U53 = 0  # requests that this scheduler ever saw
+    target: Annotated[int, Meta(ge=0, le=limits.MAX_WORKERS)] | None = None  # None from those that do not decide
+    reason: Sentence = ""
+    drain: Annotated[list[Id], Meta(max_length=limits.MAX_WORKERS)] = []  # ready workers, if there are too many
     v: Literal[1] = 1
 
 
@@ -413,16 +531,20 @@ class Control(msgspec.Struct, frozen=True, tag=17, tag_field="t", forbid_unknown
     """Ask one instance to do something, on `subjects.control(role, instance)`; answered by ControlReply.
 
     `drain` starts the drain that SIGTERM starts; `kv_snapshot` is answered by a KvEvents; `stats` answers with the
-    service's counters.
+    service's counters; `policies` switches those of a scheduler that are named, by family, for one model or for all,
+    and answers with what they are then.
     """
 
-    verb: Literal["drain", "kv_snapshot", "stats"]
+    verb: Literal["drain", "kv_snapshot", "stats", "policies"]
+    policies: Annotated[dict[Name, Name], Meta(max_length=16)] = {}
+    model: Name = ""
     v: Literal[1] = 1
 
 
 class ControlReply(msgspec.Struct, frozen=True, tag=18, tag_field="t", forbid_unknown_fields=True):
     state: State
     stats: dict[Name, float] = {}
+    policies: dict[Name, Name] = {}  # by family
     v: Literal[1] = 1
 
 
@@ -504,11 +626,14 @@ Message = (
     | Declined
     | TokenFrame
     | StreamEvent
+    | Decisions
     | Claims
     | Cancel
     | WorkerStatus
+    | Ended
     | KvEvents
     | Heartbeat
+    | ScaleAdvice
     | BlockHas
     | BlockHasReply
     | BlockGet

@@ -16,7 +16,9 @@ CANCEL = f"{PREFIX}.cancel"
 ALIVE_ALL = f"{PREFIX}.alive.>"
 STATUS_ALL = f"{PREFIX}.status.*"
 KV_ALL = f"{PREFIX}.kv.*"
+ENDED_ALL = f"{PREFIX}.ended.*"
 SCHEDULE_ALL = f"{PREFIX}.schedule.*"
+SCALE_ALL = f"{PREFIX}.scale.*"
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 
@@ -64,6 +66,14 @@ def events(gateway: str) -> str:
 
 def status(worker: str) -> str:
     return f"{PREFIX}.status.{worker}"
+
+
+def ended(worker: str) -> str:
+    return f"{PREFIX}.ended.{worker}"
+
+
+def scale(model: str) -> str:
+    return f"{PREFIX}.scale.{model_token(model)}"
 
 
 def kv(holder: str) -> str:
@@ -134,7 +144,7 @@ PERMISSIONS: dict[Role, Permissions] = {
     "gateway": _common(
         "gateway",
         publish=(f"{PREFIX}.tokenize.*", f"{PREFIX}.model.*", CANCEL, _inbox("supervisor")),
-        subscribe=(f"{PREFIX}.gateway.>",),
+        subscribe=(f"{PREFIX}.gateway.>", SCALE_ALL),
     ),
     "tokenizer": _common(
         "tokenizer",
@@ -155,9 +165,10 @@ PERMISSIONS: dict[Role, Permissions] = {
             f"{PREFIX}.control.worker.*",
             f"{PREFIX}.returned.tokenizer.>",
             f"{PREFIX}.returned.worker.>",
+            SCALE_ALL,
             _inbox("supervisor"),
         ),
-        subscribe=(SCHEDULE_ALL, f"{PREFIX}.scheduler.>", STATUS_ALL, KV_ALL, CANCEL),
+        subscribe=(SCHEDULE_ALL, f"{PREFIX}.scheduler.>", STATUS_ALL, KV_ALL, ENDED_ALL, SCALE_ALL, CANCEL),
     ),
     "worker": _common(
         "worker",
@@ -167,6 +178,7 @@ PERMISSIONS: dict[Role, Permissions] = {
             f"{PREFIX}.scheduler.*.declined",
             f"{PREFIX}.status.*",
             f"{PREFIX}.kv.*",
+            f"{PREFIX}.ended.*",
             f"{PREFIX}.cache.*",
             f"{PREFIX}.returned.scheduler.>",
             _inbox("scheduler"),
@@ -182,6 +194,6 @@ PERMISSIONS: dict[Role, Permissions] = {
     "supervisor": _common(
         "supervisor",
         publish=(f"{PREFIX}.alive.>", f"{PREFIX}.control.>"),
-        subscribe=(STATUS_ALL,),
+        subscribe=(STATUS_ALL, SCALE_ALL),
     ),
 }

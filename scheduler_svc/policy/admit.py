@@ -1,10 +1,12 @@
-"""Whether: is a new request taken, given what waits already."""
+"""Whether: is a new request taken, given what waits and runs already."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from scheduler_svc.cost_model import CostModel
 from weft.errors import Overloaded, WeftError
 from weft.messages import TokenizedRequest
 
@@ -12,8 +14,23 @@ from weft.messages import TokenizedRequest
 DEFAULT_RETRY_S: Final = 1.0
 MIN_RETRY_S: Final = 1.0
 MAX_RETRY_S: Final = 60.0
-# Tokens that a request is taken to generate if it does not say.
-ASSUMED_NEW_TOKENS: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """What an SLO class promises: seconds to the first token, and from one token to the next."""
+
+    ttft_s: float = float("inf")
+    tbt_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A request that a worker has: what it will compute still, as predicted."""
+
+    num_tokens: int  # of its prompt, all to be computed at worst
+    since: float  # when it was sent, monotonic seconds
+    ends_at: float  # when it will have ended, as predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,29 +39,46 @@ class BacklogView:
 
     num_requests: int
     num_tokens: int  # to be prefilled
-    num_new_tokens: int  # to be generated at most, or assumed
+    num_new_tokens: float  # to be generated, as predicted
     prefill_tokens_per_s: float  # measured, over all ready workers; 0 = not yet
     decode_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadView:
+    """What the workers of a request's model have to do."""
+
+    backlog: BacklogView
+    num_workers: int  # ready ones
+    num_queued_tokens: int  # to be prefilled: in the backlog, on the way, and in the workers
+    num_running: int  # sequences that the workers hold
+    num_context_tokens: int  # that these see
+    now: float
+    held: Iterable[Held]  # requests that were sent and have not ended, of which this scheduler knows
 
 
 class AdmitPolicy(Protocol):
     """Says why a request is refused, or None if it is taken.
 
-    Asked only for requests that cannot go on at once and have not begun: a stream that lost its worker is never
-    refused, since its client has been promised an answer already.
+    Asked only for requests that have not begun: a stream that lost its worker is never refused, since its client has
+    been promised an answer already. `uses_load`: whether it is asked also when there is room, and needs a LoadView.
     """
 
     name: str
+    uses_load: bool
 
-    def decide(self, request: TokenizedRequest, backlog: BacklogView) -> WeftError | None: ...
+    def decide(
+        self, request: TokenizedRequest, backlog: BacklogView, load: Callable[[], LoadView]
+    ) -> WeftError | None: ...
 
 
 class Open:
     """Every request is taken. For benchmarks, and meshes whose gateways bound what comes in."""
 
     name = "open"
+    uses_load = False
 
-    def decide(self, request: TokenizedRequest, backlog: BacklogView) -> WeftError | None:
+    def decide(self, request: TokenizedRequest, backlog: BacklogView, load: Callable[[], LoadView]) -> WeftError | None:
         return None
 
 
@@ -56,12 +90,13 @@ class Bounded:
     """
 
     name = "bounded"
+    uses_load = False
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
 
-    def decide(self, request: TokenizedRequest, backlog: BacklogView) -> WeftError | None:
+    def decide(self, request: TokenizedRequest, backlog: BacklogView, load: Callable[[], LoadView]) -> WeftError | None:
         if not backlog.num_requests:
             return None
         if backlog.num_requests >= self._max_requests:
@@ -75,6 +110,70 @@ class Bounded:
         return None
 
 
+class EarlyReject:
+    """A request is refused as it arrives if it, or what runs now, would miss an objective of its class.
+
+    Its first token is expected when all that is queued, and itself, are prefilled by all workers together; the time
+    from token to token is that of the decodes that run now. Whichever is more than its objective refuses it, before
+    anything is computed in vain.
+    Invariant: without objectives nothing is refused. Source: Mooncake's early rejection (arXiv 2407.00079,
+    section 7.3), whose load of decodes is that of this moment, so that pools swing against each other.
+    """
+
+    name = "early_reject"
+    uses_load = True
+
+    def __init__(self, cost: CostModel, objectives: Mapping[str, Objectives], also: AdmitPolicy) -> None:
+        """`also`: bounds what waits in any case."""
+        self._cost = cost
+        self._objectives = objectives
+        self._also = also
+
+    def decide(self, request: TokenizedRequest, backlog: BacklogView, load: Callable[[], LoadView]) -> WeftError | None:
+        if (error := self._also.decide(request, backlog, load)) is not None:
+            return error
+        objectives = objectives_of(request, self._objectives)
+        if objectives == Objectives():
+            return None
+        view = load()
+        num_workers = max(1, view.num_workers)
+        ttft_s = self._cost.prefill_s(view.num_queued_tokens) / num_workers
+        ttft_s += self._cost.prefill_s(request.num_tokens)
+        if ttft_s > objectives.ttft_s:
+            return _late("a first token", ttft_s, objectives.ttft_s, ttft_s - objectives.ttft_s)
+        running, context = self._decodes(request, view, ttft_s)
+        tbt_s = self._cost.overhead_s + self._cost.decode_s(1, 0) * -(-(running + 1) // num_workers)
+        tbt_s += self._cost.context_s * (context + request.num_tokens) / num_workers
+        if tbt_s > objectives.tbt_s:
+            return _late("a token after another", tbt_s, objectives.tbt_s, retry_after(backlog))
+        return None
+
+    def _decodes(self, request: TokenizedRequest, view: LoadView, ttft_s: float) -> tuple[int, int]:
+        """Sequences that will decode beside this one, and the tokens that they see."""
+        return view.num_running, view.num_context_tokens
+
+
+class PredictedReject(EarlyReject):
+    """As `early_reject`, but for the decodes that will run when this request's prefill ends.
+
+    Those that are predicted to end before do not count, and those that will have been prefilled by then do.
+    Source: Mooncake's prediction-based early rejection (arXiv 2407.00079, section 7.4), with a predicted end for each
+    request where it has one time t_d for all.
+    """
+
+    name = "predicted_reject"
+
+    def _decodes(self, request: TokenizedRequest, view: LoadView, ttft_s: float) -> tuple[int, int]:
+        at = view.now + ttft_s
+        staying = [held for held in view.held if held.ends_at > at]
+        return len(staying) + view.backlog.num_requests, sum(held.num_tokens for held in staying)
+
+
+def objectives_of(request: TokenizedRequest, objectives: Mapping[str, Objectives]) -> Objectives:
+    """Of a request's class; those of the class "" for one that is not known."""
+    return objectives.get(request.slo_class) or objectives.get("", Objectives())
+
+
 def retry_after(backlog: BacklogView) -> float:
     """Seconds until what waits now will have been served, by the workers' measured rates."""
     if not backlog.prefill_tokens_per_s and not backlog.decode_tokens_per_s:
@@ -84,16 +183,36 @@ def retry_after(backlog: BacklogView) -> float:
         seconds += backlog.num_tokens / backlog.prefill_tokens_per_s
     if backlog.decode_tokens_per_s:
         seconds += backlog.num_new_tokens / backlog.decode_tokens_per_s
+    return _bounded(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitContext:
+    """What policies are made with."""
+
+    max_requests: int
+    max_tokens: int
+    cost: CostModel
+    objectives: Mapping[str, Objectives]
+
+
+ADMITS: Final[dict[str, Callable[[AdmitContext], AdmitPolicy]]] = {
+    "open": lambda context: Open(),
+    "bounded": lambda context: Bounded(context.max_requests, context.max_tokens),
+    "early_reject": lambda context: EarlyReject(context.cost, context.objectives, _bounds(context)),
+    "predicted_reject": lambda context: PredictedReject(context.cost, context.objectives, _bounds(context)),
+}
+
+
+def _bounds(context: AdmitContext) -> Bounded:
+    return Bounded(context.max_requests, context.max_tokens)
+
+
+def _late(what: str, expected_s: float, objective_s: float, retry_s: float) -> Overloaded:
+    return Overloaded(
+        f"{what} is expected in {expected_s:.2f} s, and {objective_s:g} s are promised", retry_after_s=_bounded(retry_s)
+    )
+
+
+def _bounded(seconds: float) -> float:
     return min(MAX_RETRY_S, max(MIN_RETRY_S, seconds))
-
-
-def new_tokens(request: TokenizedRequest) -> int:
-    """Tokens that a request may still generate."""
-    each = ASSUMED_NEW_TOKENS if request.sampling.max_tokens is None else request.sampling.max_tokens
-    return sum(max(0, each - len(choice.emitted) // 4) for choice in request.choices)
-
-
-def make(name: str, max_requests: int, max_tokens: int) -> AdmitPolicy:
-    """The policy of that name. Raises KeyError for any other."""
-    policies: dict[str, AdmitPolicy] = {"open": Open(), "bounded": Bounded(max_requests, max_tokens)}
-    return policies[name]

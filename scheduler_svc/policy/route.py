@@ -1,34 +1,60 @@
 """Where: which of the workers with room for a request gets it.
 
-A policy sees only workers that are ready, serve the model and have room, so no rule here can overload one.
+A policy sees only workers that are ready, serve the model and have room, so no rule here can overload one. None looks
+at every worker: the pool keeps them in order, and workers that hold equally much of a prompt differ in their load only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
+import dataclasses
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, Protocol
 
-from scheduler_svc.actions import Decision, Score
-from scheduler_svc.block_index import Match
-from scheduler_svc.workers import Worker
+from msgspec.structs import replace
 
-# How many candidates a decision lists.
-MAX_SCORES: Final = 8
-_rank = attrgetter("rank")
+from scheduler_svc.block_index import NO_MATCH, Match
+from scheduler_svc.cost_model import CostModel
+from scheduler_svc.pool import Pool
+from scheduler_svc.workers import Worker
+from weft.hashing import BLOCK_SIZE
+from weft.limits import MAX_SCORES
+from weft.messages import Decision, Score
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What a policy knows of the request to be placed."""
+
+    num_tokens: int  # of the prompt, and what was generated before
+    num_blocks: int  # full ones of the prompt
+    remaining: float  # tokens that it is predicted to generate
+    now: float
+    match: Match = NO_MATCH  # what each candidate holds of the blocks; empty unless the policy `uses_prefix`
+    is_decode: bool = False  # its prompt was computed elsewhere
+
+
+class Chance(Protocol):
+    """What policies need of a `random.Random`."""
+
+    def randrange(self, stop: int, /) -> int: ...
+
+    def sample(self, population: range, k: int, /) -> list[int]: ...
 
 
 class RoutePolicy(Protocol):
-    """Chooses among `candidates`, which are never empty.
+    """Chooses among the workers of a pool, which is never empty.
 
-    `match` says how many leading blocks of the prompt, out of `num_blocks`, each of them holds; it is empty unless
-    the policy has `uses_prefix`. All are computed in a few passes over the candidates, which may be a thousand.
+    Mutates: self and random state only.
     """
 
     name: str
     uses_prefix: bool
 
-    def decide(self, candidates: Sequence[Worker], match: Match, num_blocks: int) -> Decision: ...
+    def decide(self, arrival: Arrival, pool: Pool) -> Decision: ...
 
 
 class LeastLoaded:
@@ -41,8 +67,8 @@ class LeastLoaded:
     name = "least_loaded"
     uses_prefix = False
 
-    def decide(self, candidates: Sequence[Worker], match: Match, num_blocks: int) -> Decision:
-        return _decision(self.name, "least load", min(candidates, key=_rank), candidates, match, num_blocks)
+    def decide(self, arrival: Arrival, pool: Pool) -> Decision:
+        return _decision(self.name, "least load", pool.least(), arrival, pool)
 
 
 class RoundRobin:
@@ -54,9 +80,40 @@ class RoundRobin:
     name = "round_robin"
     uses_prefix = False
 
-    def decide(self, candidates: Sequence[Worker], match: Match, num_blocks: int) -> Decision:
-        worker = min(candidates, key=lambda worker: (worker.last_used, worker.name))
-        return _decision(self.name, "longest unused", worker, candidates, match, num_blocks)
+    def decide(self, arrival: Arrival, pool: Pool) -> Decision:
+        return _decision(self.name, "longest unused", pool.by_use.first(), arrival, pool)
+
+
+class Random:
+    """Any candidate, each as likely. The baseline of every comparison."""
+
+    name = "random"
+    uses_prefix = False
+
+    def __init__(self, chance: Chance) -> None:
+        self._chance = chance
+
+    def decide(self, arrival: Arrival, pool: Pool) -> Decision:
+        return _decision(self.name, "by chance", pool.by_rank[self._chance.randrange(len(pool))], arrival, pool)
+
+
+class PowerOfTwo:
+    """Of two candidates by chance the less loaded one.
+
+    Invariant: with two or more candidates the most loaded one is never chosen. Source: Mitzenmacher 2001; TetriInfer
+    for its decode workers.
+    """
+
+    name = "power_of_two"
+    uses_prefix = False
+
+    def __init__(self, chance: Chance) -> None:
+        self._chance = chance
+
+    def decide(self, arrival: Arrival, pool: Pool) -> Decision:
+        # The pool is in the order of load, so the lower place is the lesser load.
+        place = min(self._chance.sample(range(len(pool)), min(2, len(pool))))
+        return _decision(self.name, "better of two", pool.by_rank[place], arrival, pool)
 
 
 class PrefixAware:
@@ -81,54 +138,250 @@ class PrefixAware:
         self._balance_abs = balance_abs
         self._balance_rel = balance_rel
 
-    def decide(self, candidates: Sequence[Worker], match: Match, num_blocks: int) -> Decision:
-        if not match.longest or match.longest < self._cache_threshold * num_blocks:
-            chosen, rule = min(candidates, key=_rank), "short match"
-        elif self._is_unbalanced(candidates):
-            chosen, rule = min(candidates, key=_rank), "unbalanced"
+    def decide(self, arrival: Arrival, pool: Pool) -> Decision:
+        match = arrival.match
+        if not match.longest or match.longest < self._cache_threshold * arrival.num_blocks:
+            chosen, rule = pool.least(), "short match"
+        elif self._is_unbalanced(pool):
+            chosen, rule = pool.least(), "unbalanced"
         else:
-            chosen, rule = min(_holders(candidates, match), key=_rank), "longest match"
-        return _decision(self.name, rule, chosen, candidates, match, num_blocks)
+            chosen, rule = pool.by_rank.first(match.holders), "longest match"
+        return _decision(self.name, rule, chosen, arrival, pool)
 
-    def _is_unbalanced(self, candidates: Sequence[Worker]) -> bool:
-        loads = [worker.load for worker in candidates]
-        least, most = min(loads), max(loads)
+    def _is_unbalanced(self, pool: Pool) -> bool:
+        least, most = pool.loads()
         return most - least > self._balance_abs and most > self._balance_rel * least
 
 
-ROUTES: Final[dict[str, type[LeastLoaded] | type[RoundRobin] | type[PrefixAware]]] = {
-    "least_loaded": LeastLoaded,
-    "round_robin": RoundRobin,
-    "prefix_aware": PrefixAware,
+class MinTtft:
+    """The worker where the first token is expected soonest: transfer + queue + prefill.
+
+    Of the workers that hold equally much of the prompt, the one with the shortest queue is looked at; where the longest
+    prefix is more than `balance` times what a worker holds, it may get it from the cache service (transfer) instead of
+    computing it, whichever is faster, and so hot prefixes spread to where there is room. Where there are workers that
+    only prefill, these are looked at; a request whose prompt was computed goes to the least loaded one that decodes.
+    Invariant: among workers of equal speed no other one's estimate is lower.
+    Source: Mooncake (FAST '25), algorithm 1; the threshold is a ratio, as section 4.2 says.
+    """
+
+    name = "min_ttft"
+    uses_prefix = True
+
+    def __init__(
+        self,
+        cost: CostModel,
+        *,
+        balance: float = 2.0,
+        block_transfer_s: float | None = None,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
+        """`block_transfer_s`: seconds to get a block from where it is; None if that cannot be done."""
+        self._cost = cost
+        self._block_size = block_size
+        self._balance = balance
+        self._block_transfer_s = block_transfer_s
+
+    def decide(self, arrival: Arrival, pool: Pool) -> Decision:
+        if arrival.is_decode:
+            if decode := pool.of_role("decode"):
+                return _decision(self.name, "decode: least load", decode.least(), arrival, pool)
+        elif prefill := pool.of_role("prefill"):
+            inside = dataclasses.replace(arrival, match=arrival.match.within(prefill.mask))
+            return replace(self._soonest(inside, prefill), stop_after=1)
+        return self._soonest(arrival, pool)
+
+    def _soonest(self, arrival: Arrival, pool: Pool) -> Decision:
+        best: tuple[float, Worker, str] | None = None
+        for depth, mask in arrival.match.groups(pool.mask):
+            own_s, rule = self._first_token_s(arrival, depth)
+            # Without any queue it would still be later.
+            if best is not None and own_s >= best[0]:
+                continue
+            worker = pool.by_queue.first(mask)
+            seconds = own_s + self._cost.prefill_s(worker.waiting_tokens)
+            if best is None or seconds < best[0]:
+                best = seconds, worker, rule
+        assert best is not None
+        seconds, worker, rule = best
+        return replace(_decision(self.name, rule, worker, arrival, pool), expected_ttft_s=seconds)
+
+    def _first_token_s(self, arrival: Arrival, depth: int) -> tuple[float, str]:
+        longest = arrival.match.longest
+        computed = self._cost.prefill_s(arrival.num_tokens, depth * self._block_size)
+        if self._block_transfer_s is None or longest <= self._balance * depth:
+            return computed, "compute"
+        fetched = (longest - depth) * self._block_transfer_s
+        fetched += self._cost.prefill_s(arrival.num_tokens, longest * self._block_size)
+        return (fetched, "fetch") if fetched < computed else (computed, "compute")
+
+
+class PrebleE2:
+    """Exploit where more of the prompt is cached than is not, else explore where it costs least.
+
+    Exploit: of the workers with the longest match the one with the least load. Explore: the least cost, which is the
+    work given to the worker in the last `window_s` seconds, and the prefill that this request needs there. A worker
+    with more than twice the least work of others does not get more of it by its cache.
+    Invariant: with no match in any worker, the one with the least recent work is chosen.
+    Source: Preble's E2 (Srivatsa et al. 2025, ICLR, algorithm 1) without its cost of eviction, which needs the hit
+    rates of single blocks.
+    """
+
+    name = "preble_e2"
+    uses_prefix = True
+
+    def __init__(
+        self, cost: CostModel, *, window_s: float = 180.0, imbalance: float = 2.0, block_size: int = BLOCK_SIZE
+    ) -> None:
+        self._cost = cost
+        self._block_size = block_size
+        self._window_s = window_s
+        self._imbalance = imbalance
+        self._given: deque[tuple[float, str, float]] = deque()  # (when, worker, seconds of work)
+        self._recent: dict[str, float] = {}
+        self._by_work: list[tuple[float, str]] = []  # the same, sorted
+
+    def decide(self, arrival: Arrival, pool: Pool) -> Decision:
+        self._forget(arrival.now - self._window_s)
+        depth, idlest = arrival.match.longest, self._idlest(pool)
+        chosen, rule = idlest, "explore"
+        if depth and 2 * depth * BLOCK_SIZE >= arrival.num_tokens:
+            holder = pool.by_rank.first(arrival.match.holders)
+            if self._work(holder) <= self._imbalance * self._work(idlest) or holder.load <= idlest.load:
+                chosen, rule = holder, "exploit"
+        if rule == "explore":
+            chosen = min([idlest, *self._nearest(arrival, pool)], key=lambda worker: self._cost_of(arrival, worker))
+        work = self._prefill_s(arrival, chosen) + arrival.remaining * self._cost.decode_s(1, arrival.num_tokens)
+        self._given.append((arrival.now, chosen.name, work))
+        self._add_work(chosen.name, work)
+        return _decision(self.name, rule, chosen, arrival, pool)
+
+    def _idlest(self, pool: Pool) -> Worker:
+        """The worker with the least recent work, of several without any the least loaded."""
+        if len(self._recent) < len(pool):
+            return next(worker for worker in pool if worker.name not in self._recent)
+        busy = next((name for _, name in self._by_work if name in pool), None)
+        return pool.least() if busy is None else pool[busy]
+
+    def _nearest(self, arrival: Arrival, pool: Pool) -> Iterator[Worker]:
+        """Some that hold most of the prompt: the least loaded ones of the two longest matches."""
+        for _, mask in islice(arrival.match.groups(arrival.match.levels[0][1] if arrival.match.levels else 0), 2):
+            yield from islice(pool.by_rank.within(mask), MAX_SCORES)
+
+    def _cost_of(self, arrival: Arrival, worker: Worker) -> float:
+        return self._work(worker) + self._prefill_s(arrival, worker)
+
+    def _prefill_s(self, arrival: Arrival, worker: Worker) -> float:
+        return self._cost.prefill_s(arrival.num_tokens, arrival.match.depth(worker.bit) * BLOCK_SIZE)
+
+    def _work(self, worker: Worker) -> float:
+        return self._recent.get(worker.name, 0.0)
+
+    def _add_work(self, name: str, seconds: float) -> None:
+        before = self._recent.pop(name, None)
+        if before is not None:
+            del self._by_work[bisect_left(self._by_work, (before, name))]
+        after = (before or 0.0) + seconds
+        # What is left of nothing by rounding.
+        if after > 1e-9:
+            self._recent[name] = after
+            insort(self._by_work, (after, name))
+
+    def _forget(self, before: float) -> None:
+        while self._given and self._given[0][0] < before:
+            _, name, work = self._given.popleft()
+            self._add_work(name, -work)
+
+
+# Cells of the heat map: prompts from 2^k * 128 tokens on, and answers from 2^k / 16 times the prompt on.
+Heatmap = Mapping[tuple[int, int], float]
+# Where none was measured: prompts of 1,024 tokens and more with answers of less than a quarter of that gain, as
+# DeepServe (ATC '25) says of its own map in words.
+ASSUMED_HEATMAP: Final[Heatmap] = {(length, share): 0.1 for length in range(4, 32) for share in range(3)}
+
+
+class PdHeatmap:
+    """By phase, then by prefix or load.
+
+    A heat map says for prompts of about this length and answers of about this share of it how much faster a request
+    ends when one worker prefills and another decodes. Where that is a gain, and there are workers of both roles, it
+    goes to one that prefills, hands it back after its first token, and then goes to one that decodes. Load overrides:
+    if these have more than `override` times the load of the others, it does not. Within the workers of its phase, it
+    follows the longest match while their load is balanced, and the least load otherwise.
+    Invariant: a request whose prompt was computed never goes to a worker that only prefills while there are others.
+    Source: DeepServe (ATC '25), algorithm 1, whose loss at very high load (figure 8) the override mends.
+    """
+
+    name = "pd_heatmap"
+    uses_prefix = True
+
+    def __init__(self, heatmap: Heatmap, *, override: float = 1.5) -> None:
+        self._heatmap = heatmap
+        self._override = override
+        self._within = PrefixAware()
+
+    def decide(self, arrival: Arrival, pool: Pool) -> Decision:
+        prefill, decode, both = (pool.of_role(role) for role in ("prefill", "decode", "both"))
+        if arrival.is_decode:
+            return self._place(arrival, decode or both or pool, "decode", None)
+        if prefill and (not both or self._is_worth_it(arrival, prefill.least(), both.least())):
+            return self._place(arrival, prefill, "prefill", 1)
+        return self._place(arrival, both or decode or pool, "both", None)
+
+    def _is_worth_it(self, arrival: Arrival, split: Worker, whole: Worker) -> bool:
+        if self._heatmap.get(heatmap_cell(arrival.num_tokens, arrival.remaining), 0.0) <= 0:
+            return False
+        return not split.load or split.load_fraction <= self._override * whole.load_fraction
+
+    def _place(self, arrival: Arrival, pool: Pool, role: str, stop_after: int | None) -> Decision:
+        inside = dataclasses.replace(arrival, match=arrival.match.within(pool.mask))
+        found = self._within.decide(inside, pool)
+        return replace(found, policy=self.name, rule=f"{role}: {found.rule}", stop_after=stop_after)
+
+
+def heatmap_cell(num_tokens: int, remaining: float) -> tuple[int, int]:
+    """The cell of a prompt's length and a predicted answer's."""
+    return (num_tokens // 128).bit_length(), int(16 * remaining / max(1, num_tokens)).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class RouteContext:
+    """What policies are made with."""
+
+    chance: Chance
+    cost: CostModel
+    block_transfer_s: float | None = None
+    heatmap: Heatmap = field(default_factory=dict)
+    block_size: int = BLOCK_SIZE  # tokens
+
+
+ROUTES: Final[dict[str, Callable[[RouteContext], RoutePolicy]]] = {
+    "random": lambda context: Random(context.chance),
+    "round_robin": lambda context: RoundRobin(),
+    "least_loaded": lambda context: LeastLoaded(),
+    "power_of_two": lambda context: PowerOfTwo(context.chance),
+    "prefix_aware": lambda context: PrefixAware(),
+    "min_ttft": lambda context: MinTtft(
+        context.cost, block_transfer_s=context.block_transfer_s, block_size=context.block_size
+    ),
+    "pd_heatmap": lambda context: PdHeatmap(context.heatmap),
+    "preble_e2": lambda context: PrebleE2(context.cost, block_size=context.block_size),
 }
 
 
-def _decision(
-    policy: str,
-    rule: str,
-    chosen: Worker,
-    candidates: Sequence[Worker],
-    match: Match,
-    num_blocks: int,
-) -> Decision:
+def _decision(policy: str, rule: str, chosen: Worker, arrival: Arrival, pool: Pool) -> Decision:
     return Decision(
         worker=chosen.name,
         policy=policy,
         rule=rule,
-        num_candidates=len(candidates),
-        num_prompt_blocks=num_blocks,
-        scores=_scores(chosen, candidates, match),
+        num_candidates=len(pool),
+        num_prompt_blocks=arrival.num_blocks,
+        scores=_scores(chosen, arrival.match, pool),
     )
 
 
-def _holders(candidates: Sequence[Worker], match: Match) -> list[Worker]:
-    bits = match.holder_bits()
-    return [worker for worker in candidates if worker.bit in bits]
-
-
-def _scores(chosen: Worker, candidates: Sequence[Worker], match: Match) -> tuple[Score, ...]:
-    """The chosen one first, then those that hold most of the prompt, then the first of the others."""
-    holders = _holders(candidates, match) if match.longest else []
-    nearest = (chosen, *holders[:MAX_SCORES], *candidates[:MAX_SCORES])
+def _scores(chosen: Worker, match: Match, pool: Pool) -> tuple[Score, ...]:
+    """The chosen one first, then the least loaded, then those that hold most of the prompt, then by load."""
+    holders = islice(pool.by_rank.within(match.holders), MAX_SCORES) if match.longest else ()
+    nearest = (chosen, pool.least(), *holders, *islice(pool, MAX_SCORES))
     shown = list({worker.name: worker for worker in nearest}.values())[:MAX_SCORES]
     return tuple(Score(worker.name, worker.load, worker.waiting_tokens, match.depth(worker.bit)) for worker in shown)

@@ -34,13 +34,30 @@ TOKENIZED = m.TokenizedRequest(
     sampling=SAMPLING,
     choices=CHOICES,
     cache_salt="alice",
+    tenant="ann",
+    priority=-3,
+    slo_class="flex",
+    yield_epoch=1,
     stamps={"gateway": 1.5, "tokenizer": 1.75},
 )
 CHAT = m.ChatPrompt([m.ChatMessage("user", "Tell me a tale", "ann")], add_generation_prompt=True, now=1.5)
 
+DECISION = m.Decision(
+    worker="w2",
+    policy="prefix_aware",
+    rule="longest match",
+    num_candidates=4,
+    num_prompt_blocks=14,
+    scores=(m.Score("w2", 3, 100, 12), m.Score("w1", 1, 0, 0)),
+    expected_ttft_s=0.25,
+    stop_after=1,
+)
+
 
 def _generate(prompt: m.Prompt) -> m.GenerateRequest:
-    return m.GenerateRequest("r1", 2, "g1", "tales-6m", prompt, SAMPLING, CHOICES, "alice", {"gateway": 1.5})
+    return m.GenerateRequest(
+        "r1", 2, "g1", "tales-6m", prompt, SAMPLING, CHOICES, "alice", "ann", -3, "flex", 1, {"gateway": 1.5}
+    )
 
 
 SAMPLES: dict[str, m.Message] = {
@@ -48,7 +65,7 @@ SAMPLES: dict[str, m.Message] = {
     "GenerateRequest/text": _generate(m.TextPrompt("Once upon a time", add_special_tokens=False)),
     "GenerateRequest/tokens": _generate(m.TokenPrompt(pack_u32([1, 2, 3]))),
     "TokenizedRequest": TOKENIZED,
-    "Assignment": m.Assignment(TOKENIZED, "s1"),
+    "Assignment": m.Assignment(TOKENIZED, "s1", 256),
     "Declined": m.Declined(TOKENIZED, "w1"),
     "TokenFrame": m.TokenFrame(
         worker="w1",
@@ -64,20 +81,27 @@ SAMPLES: dict[str, m.Message] = {
         errors={1: ERROR},
     ),
     "StreamEvent": m.StreamEvent("r1", 2, "rejected", "scheduler", "s1", ERROR, 3, 1, {"scheduler": 2.0}),
+    "StreamEvent/queued": m.StreamEvent(
+        "r1", 2, "queued", "scheduler", "s1", place=m.BacklogPlace(5, 4, "bounded", "fcfs")
+    ),
+    "StreamEvent/prefill": m.StreamEvent("r1", 2, "prefill", "worker", "w1", num_chunks=8, num_computed_tokens=2048),
+    "Decisions": m.Decisions("s1", [m.Placed("r1", 2, 230, {"scheduler": 2.0}, DECISION)]),
     "Claims": m.Claims("worker", "w1", ["r1"], pack_u32([2])),
     "Cancel": m.Cancel("r1", 2, "g1", pack_u32([7])),
     "WorkerStatus": m.WorkerStatus(
-        "w1", 3, "tales-6m", "ready", 64, 5, 2, 900, 1000, 800, {"s1": 12}, 4, 5000.0, 300.0
+        "w1", 3, "tales-6m", "ready", 64, 5, 2, 900, 1000, 800, {"s1": 12}, 4, 5000.0, 300.0, "decode", 0.03
     ),
+    "Ended": m.Ended("w1", "tales-6m", ["r1"], ["ann"], pack_u32([3]), pack_u32([64])),
     "KvEvents": m.KvEvents("w1", 3, 4, HASH_A, HASH_B, True),
     "Heartbeat": m.Heartbeat("worker", "w1", 3, "ready", ["tales-6m"]),
+    "ScaleAdvice": m.ScaleAdvice("s1", "tales-6m", 3, 900, 120, 2, "3 wait", ["w2", "w1"]),
     "BlockHas": m.BlockHas(HASH_A + HASH_B),
     "BlockHasReply": m.BlockHasReply(bytes([1, 0])),
     "BlockGet": m.BlockGet(HASH_A, 2**20),
     "BlockData": m.BlockData(HASH_A, [b"kv"], pack_u32([123])),
     "BlockPut": m.BlockPut(HASH_A, [b"kv"], pack_u32([123])),
-    "Control": m.Control("drain"),
-    "ControlReply": m.ControlReply("ready", {"running": 1.0}),
+    "Control": m.Control("policies", {"order": "srpt"}, "tales-6m"),
+    "ControlReply": m.ControlReply("ready", {"running": 1.0}, {"order": "srpt"}),
     "ModelQuery": m.ModelQuery("tales-6m"),
     "ModelCard": m.ModelCard("tales-6m", 2048, HASH_A, 70_000, 1.5, SAMPLING),
     "TokenizerFetch": m.TokenizerFetch("tales-6m", HASH_A, 512),

@@ -29,7 +29,7 @@ def test_match_counts_leading_blocks_only() -> None:
     for holder, held in {"w0": [1, 2, 3], "w1": [1, 3], "w2": [2, 3], "w3": []}.items():
         index.apply(make_events(1, held, holder=holder), 0.0)
     match = index.match([block(number) for number in (1, 2, 3, 4)], ALL)
-    assert (match.longest, match.holder_bits()) == (3, {0})
+    assert (match.longest, match.holders) == (3, 0b1)
     assert [match.depth(bit) for bit in range(4)] == [3, 1, 0, 0]
 
 
@@ -38,7 +38,7 @@ def test_match_sees_candidates_only() -> None:
     index.apply(make_events(1, [1, 2], holder="w0"), 0.0)
     index.apply(make_events(1, [1], holder="w1"), 0.0)
     match = index.match([block(1), block(2)], 0b10)
-    assert (match.longest, match.holder_bits(), match.depth(0)) == (1, {1}, 0)
+    assert (match.longest, match.holders, match.depth(0)) == (1, 0b10, 0)
 
 
 def test_match_of_an_empty_prompt_is_empty() -> None:

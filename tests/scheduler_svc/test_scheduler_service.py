@@ -16,10 +16,12 @@ from weft import subjects
 from weft.bus import Bus
 from weft.messages import (
     Assignment,
+    BacklogPlace,
     Cancel,
     Claims,
     Control,
     ControlReply,
+    Decisions,
     Declined,
     Heartbeat,
     KvEvents,
@@ -78,6 +80,7 @@ class Neighbours:
         self._url = url
         self._stack = stack
         self.events: list[StreamEvent] = []
+        self.decisions: list[Decisions] = []
         self.claims: list[Claims] = []
 
     async def bus(self, role: Role, instance: str) -> Bus:
@@ -87,11 +90,17 @@ class Neighbours:
         return bus
 
     async def start(self) -> None:
-        def on_event(message: StreamEvent | Claims) -> None:
-            (self.events if isinstance(message, StreamEvent) else self.claims).append(message)  # type: ignore[attr-defined]
+        def on_event(message: StreamEvent | Decisions | Claims) -> None:
+            match message:
+                case StreamEvent():
+                    self.events.append(message)
+                case Decisions():
+                    self.decisions.append(message)
+                case Claims():
+                    self.claims.append(message)
 
         self.gateway = await self.bus("gateway", "g0")
-        await self.gateway.on(subjects.events("g0"), StreamEvent | Claims, on_event)  # type: ignore[arg-type]  # a union
+        await self.gateway.on(subjects.events("g0"), StreamEvent | Decisions | Claims, on_event)  # type: ignore[arg-type]  # a union
         await self.gateway.flush()
         self.tokenizer = await self.bus("tokenizer", "t0")
 
@@ -150,6 +159,20 @@ async def test_request_goes_to_a_worker_stamped_and_nobody_else_hears_of_it(url:
         assert service.models() == [MODEL]
 
 
+async def test_gateway_is_told_of_decisions_together_and_with_their_candidates(url: str, near: Neighbours) -> None:
+    async with scheduler(url) as service:
+        worker = await near.worker("w0")
+        await with_workers(service, 1)
+        near.schedule(make_request("r0", blocks=[1, 2]), make_request("r1"))
+        await until(lambda: near.decisions)
+        (told,) = near.decisions
+        assert [placed.request_id for placed in told.placed] == ["r0", "r1"] == worker.ids()
+        decision = told.placed[0].decision
+        assert (decision.worker, decision.policy, decision.num_prompt_blocks) == ("w0", "prefix_aware", 2)
+        assert [score.worker for score in decision.scores] == ["w0"]
+        assert told.placed[0].stamps == worker.got[0].request.stamps
+
+
 async def test_request_waits_for_a_worker_claimed_and_announced(url: str, near: Neighbours) -> None:
     async with scheduler(url) as service:
         near.beat("gateway", "g0")
@@ -157,6 +180,7 @@ async def test_request_waits_for_a_worker_claimed_and_announced(url: str, near: 
         await until(lambda: near.kinds("r0") == ["queued"])
         await until(lambda: len(near.claims) >= 2)
         assert near.claims[0].request_ids == ["r0"]
+        assert near.events[0].place == BacklogPlace(1, 0, "predicted_reject", "fcfs")
         assert (near.claims[0].role, near.claims[0].instance) == ("scheduler", "s0")
         worker = await near.worker("w0")
         await until(lambda: worker.got)

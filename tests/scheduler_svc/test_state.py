@@ -7,9 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from scheduler_svc.actions import Action, Dispatch, Reject, WantSnapshot
-from scheduler_svc.policy.admit import Bounded
-from scheduler_svc.policy.route import PrefixAware
-from tests.support.scheduling import MODEL, SCHEDULER, make_events, make_request, make_state, make_status
+from tests.support.scheduling import MODEL, SCHEDULER, make_events, make_maker, make_request, make_state, make_status
 from weft.columns import pack_u32
 from weft.errors import DecodeError, InvalidRequest, Overloaded, Unavailable
 from weft.messages import Cancel, Declined, Heartbeat, Role, State
@@ -240,7 +238,7 @@ def test_higher_epoch_replaces_a_lower_one() -> None:
 
 
 def test_stream_that_had_begun_goes_before_new_requests_and_past_admission() -> None:
-    state = make_state(admit=Bounded(1, 100))
+    state = make_state(make_maker(1, 100), admit="bounded")
     state.on_request(make_request("new"), 0.0)
     (refused,) = state.on_request(make_request("newer"), 0.1)
     assert isinstance(refused, Reject) and isinstance(refused.error, Overloaded)
@@ -250,7 +248,7 @@ def test_stream_that_had_begun_goes_before_new_requests_and_past_admission() -> 
 
 
 def test_admission_is_not_asked_while_there_is_room() -> None:
-    state = make_state(admit=Bounded(1, 1))
+    state = make_state(make_maker(1, 1), admit="bounded")
     state.on_status(make_status(), 0.0)
     assert told(state.on_request(make_request("a", num_tokens=500), 0.1)) == [("dispatch", "a", "w0")]
 
@@ -301,7 +299,7 @@ def test_head_that_does_not_fit_holds_back_later_requests_of_its_model_only() ->
 
 
 def test_request_follows_its_prefix_and_the_decision_says_why() -> None:
-    state = make_state(route=PrefixAware())
+    state = make_state(route="prefix_aware")
     for worker in ("w0", "w1", "w2"):
         state.on_status(make_status(worker), 0.0)
     state.on_kv(make_events(1, [1, 2, 3, 4], holder="w1"), 0.1)
@@ -315,7 +313,7 @@ def test_request_follows_its_prefix_and_the_decision_says_why() -> None:
 
 
 def test_missed_events_are_asked_for_once() -> None:
-    state = make_state(route=PrefixAware())
+    state = make_state(route="prefix_aware")
     assert told(state.on_status(make_status(kv_sequence=7), 0.0)) == [("snapshot", "w0")]
     assert told(state.on_kv(make_events(8, [5]), 0.1)) == []
     assert told(state.on_kv(make_events(7, [1, 2], snapshot=True), 0.2)) == []

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler_svc.actions import Action, Dispatch, Dropped, Lost, Queued, Reject
-from scheduler_svc.policy.admit import Bounded
 from scheduler_svc.policy.route import ROUTES
 from scheduler_svc.state import ClusterState
-from tests.support.scheduling import SCHEDULER, make_request, make_state, make_status
+from tests.support.scheduling import SCHEDULER, make_maker, make_request, make_state, make_status
 from weft.errors import Unavailable
 from weft.messages import Cancel, Declined, Heartbeat, TokenizedRequest
 from weft.subjects import Returned
@@ -53,7 +52,7 @@ class Simulation:
     """A scheduler, its workers, and what the test believes of each request."""
 
     def __init__(self, route: str) -> None:
-        self.state: ClusterState = make_state(admit=Bounded(4, 10_000), route=ROUTES[route]())
+        self.state: ClusterState = make_state(make_maker(4, 10_000), admit="bounded", route=route)
         self.workers = {name: FakeWorker(name) for name in WORKERS}
         self.now = 0.0
         self.num_schedulers = 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
-from scheduler_svc.policy.admit import AdmitPolicy, Open
-from scheduler_svc.policy.order import Fcfs
-from scheduler_svc.policy.route import LeastLoaded, RoutePolicy
+from scheduler_svc.policies import PolicyMaker, PolicyNames
+from scheduler_svc.policy.order import Waiting
 from scheduler_svc.state import ClusterState
+from scheduler_svc.workers import InFlight, Worker
 from weft.columns import pack_u32
 from weft.messages import Choice, KvEvents, SamplingParams, TokenizedRequest, WorkerStatus
 
@@ -31,6 +32,7 @@ def make_request(
     gateway: str = "g0",
     model: str = MODEL,
     max_tokens: int | None = None,
+    **changes: Any,
 ) -> TokenizedRequest:
     """A prompt of `num_tokens`, or of the given blocks."""
     return TokenizedRequest(
@@ -42,6 +44,7 @@ def make_request(
         block_hashes=b"".join(map(block, blocks)),
         sampling=SamplingParams(max_tokens=max_tokens),
         choices=[Choice(slot, 1) for slot in range(num_choices)],
+        **changes,
     )
 
 
@@ -76,5 +79,31 @@ def make_events(
     return KvEvents(holder, epoch, sequence, b"".join(map(block, stored)), b"".join(map(block, removed)), snapshot)
 
 
-def make_state(*, admit: AdmitPolicy | None = None, route: RoutePolicy | None = None) -> ClusterState:
-    return ClusterState(SCHEDULER, admit=admit or Open(), order=Fcfs, route=route or LeastLoaded())
+def make_worker(
+    bit: int, load: int = 0, *, last_used: int = 0, max_num_seqs: int = 64, waiting_tokens: int = 0, **status: Any
+) -> Worker:
+    """A worker as the pool has it."""
+    name = f"w{bit}"
+    status |= {"num_running": load, "max_num_seqs": max_num_seqs, "num_waiting_tokens": waiting_tokens}
+    worker = Worker(name, bit, make_status(name, **status), 0.0, last_used=last_used)
+    worker.refresh(1)
+    return worker
+
+
+def make_waiting(request: TokenizedRequest, ticket: int = 0, since: float = 0.0, **known: Any) -> Waiting:
+    return Waiting(request, ticket, since, **known)
+
+
+def make_flight(request: TokenizedRequest, ticket: int = 0, sent_at: float = 0.0) -> InFlight:
+    return InFlight(make_waiting(request, ticket), sent_at)
+
+
+def make_maker(max_queued_requests: int = 2048, max_queued_tokens: int = 4_000_000, **changes: Any) -> PolicyMaker:
+    return PolicyMaker(random.Random(1), max_queued_requests, max_queued_tokens, **changes)
+
+
+def make_state(maker: PolicyMaker | None = None, **names: str) -> ClusterState:
+    """A scheduler that takes everything and sends it to the least loaded worker, unless other policies are named."""
+    return ClusterState(
+        SCHEDULER, maker or make_maker(), PolicyNames(**{"admit": "open", "route": "least_loaded"} | names)
+    )

@@ -10,8 +10,10 @@ from typing import get_args
 
 from weft.errors import SettingsError
 from weft.messages import KvEvents, Role
+from weft.prewarm import FLAG
 from weft.service import Context, main
 from weft.settings import CacheSettings
+from worker_svc.prewarm import wait_for_orders
 
 ROLE: Role = next(role for role in get_args(Role) if role == sys.argv[1])
 BEHAVIOUR = sys.argv[2] if len(sys.argv) > 2 else ""
@@ -49,4 +51,5 @@ class StandIn:
 
 
 if __name__ == "__main__":
-    main(CacheSettings, ROLE, StandIn, prog="stand_in", argv=[])
+    began = wait_for_orders() if sys.argv[-1] == FLAG else None
+    main(CacheSettings, ROLE, StandIn, prog="stand_in", argv=[], began=began)

@@ -1,0 +1,169 @@
+"""The workers with room for requests of one model, kept in the orders that policies ask for. Pure.
+
+Placing a request must not look at every worker, of which there may be thousands: the orders are kept up with each
+change of one worker, so the first of all, the first of those in a mask, and the spread of loads are found at once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from typing import Any, Final
+
+from scheduler_svc.workers import Worker
+
+# Workers of a mask so few that going through their bits is faster than going through an order.
+MAX_SPARSE_BITS: Final = 16
+
+Key = tuple[Any, ...]
+
+
+class Pool:
+    """Open workers, in three orders, and the same by role; what nobody has asked for yet is not kept up."""
+
+    def __init__(self, workers: Iterable[Worker] = ()) -> None:
+        self.by_rank = Order(lambda worker: worker.rank)  # the least loaded first
+        self._orders = [self.by_rank]
+        self._loads: list[int] = []
+        self._load_of: dict[str, int] = {}
+        self._roles: dict[str, Pool] | None = None
+        for worker in workers:
+            self.put(worker)
+
+    def __len__(self) -> int:
+        return len(self._load_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._load_of
+
+    def __iter__(self) -> Iterator[Worker]:
+        """The least loaded first."""
+        return iter(self.by_rank)
+
+    def __getitem__(self, name: str) -> Worker:
+        """Raises KeyError if it is not there."""
+        return self.by_rank[self.by_rank.place_of(name)]
+
+    @cached_property
+    def by_queue(self) -> Order:
+        """The least to prefill first."""
+        return self._order(lambda worker: (worker.waiting_tokens, worker.rank))
+
+    @cached_property
+    def by_use(self) -> Order:
+        """The longest unused first."""
+        return self._order(lambda worker: (worker.last_used, worker.name))
+
+    @property
+    def mask(self) -> int:
+        """The bits of all."""
+        return self.by_rank.mask
+
+    def put(self, worker: Worker) -> None:
+        """Add a worker, or find its places anew after it changed. Mutates self."""
+        self._forget_load(worker)
+        self._load_of[worker.name] = worker.load
+        insort(self._loads, worker.load)
+        for order in self._orders:
+            order.put(worker)
+        if self._roles is not None:
+            self._roles.setdefault(worker.status.role, Pool()).put(worker)
+
+    def discard(self, worker: Worker) -> None:
+        """Take a worker out, if it is there. Mutates self."""
+        self._forget_load(worker)
+        for order in self._orders:
+            order.discard(worker)
+        if self._roles is not None and worker.status.role in self._roles:
+            self._roles[worker.status.role].discard(worker)
+
+    def least(self) -> Worker:
+        """The least loaded; there must be one."""
+        return self.by_rank.first()
+
+    def loads(self) -> tuple[int, int]:
+        """The least and the greatest load, in sequences; there must be one."""
+        return self._loads[0], self._loads[-1]
+
+    def of_role(self, role: str) -> Pool:
+        """Those of one role."""
+        if self._roles is None:
+            self._roles = {}
+            for worker in self:
+                self._roles.setdefault(worker.status.role, Pool()).put(worker)
+        return self._roles.setdefault(role, Pool())
+
+    def _order(self, key: Callable[[Worker], Key]) -> Order:
+        order = Order(key)
+        for worker in self:
+            order.put(worker)
+        self._orders.append(order)
+        return order
+
+    def _forget_load(self, worker: Worker) -> None:
+        before = self._load_of.pop(worker.name, None)
+        if before is not None:
+            del self._loads[bisect_left(self._loads, before)]
+
+
+class Order:
+    """Workers by a key of their own that ends with something that no two share."""
+
+    def __init__(self, key: Callable[[Worker], Key]) -> None:
+        self._key = key
+        self._keys: dict[str, Key] = {}
+        self._places: list[tuple[Key, Worker]] = []
+        self._by_bit: dict[int, Worker] = {}
+        self.mask = 0
+
+    def __iter__(self) -> Iterator[Worker]:
+        return (worker for _, worker in self._places)
+
+    def __getitem__(self, place: int) -> Worker:
+        return self._places[place][1]
+
+    def place_of(self, name: str) -> int:
+        """Raises KeyError if there is no worker of that name."""
+        return bisect_left(self._places, (self._keys[name],))
+
+    def put(self, worker: Worker) -> None:
+        key, before = self._key(worker), self._keys.get(worker.name)
+        if key == before:
+            return
+        if before is None:
+            self.mask |= 1 << worker.bit
+            self._by_bit[worker.bit] = worker
+        else:
+            self._remove(before)
+        self._keys[worker.name] = key
+        insort(self._places, (key, worker))
+
+    def discard(self, worker: Worker) -> None:
+        before = self._keys.pop(worker.name, None)
+        if before is not None:
+            self._remove(before)
+            self.mask &= ~(1 << worker.bit)
+            del self._by_bit[worker.bit]
+
+    def first(self, mask: int | None = None) -> Worker:
+        """Of all, or of those whose bits are set; there must be one."""
+        return self._places[0][1] if mask is None else next(self.within(mask))
+
+    def within(self, mask: int) -> Iterator[Worker]:
+        """Those whose bits are set."""
+        bits = mask & self.mask
+        if bits.bit_count() > MAX_SPARSE_BITS:
+            # Looking into a string is faster than shifting a mask of a thousand bits.
+            flags = f"{bits:b}"[::-1].ljust(self.mask.bit_length(), "0")
+            yield from (worker for _, worker in self._places if flags[worker.bit] == "1")
+            return
+        found = []
+        while bits:
+            bit = bits.bit_length() - 1
+            found.append(self._by_bit[bit])
+            bits ^= 1 << bit
+        yield from sorted(found, key=self._key)
+
+    def _remove(self, key: Key) -> None:
+        del self._places[bisect_left(self._places, (key,))]

@@ -1,0 +1,121 @@
+"""Admission: who is refused, and what a client is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler_svc.cost_model import CostModel
+from scheduler_svc.policy.admit import (
+    ADMITS,
+    AdmitContext,
+    BacklogView,
+    Bounded,
+    EarlyReject,
+    Held,
+    LoadView,
+    Objectives,
+    Open,
+    PredictedReject,
+    retry_after,
+)
+from tests.support.scheduling import make_request
+from weft.errors import Overloaded
+
+COST = CostModel(overhead_s=0.01, token_s=0.001, sequence_s=0.002)
+TIGHT = {"": Objectives(ttft_s=1.0, tbt_s=0.05)}
+
+
+def make_view(**changes: Any) -> BacklogView:
+    empty = BacklogView(0, 0, 0, prefill_tokens_per_s=0.0, decode_tokens_per_s=0.0)
+    return dataclasses.replace(empty, **changes)
+
+
+def make_load(**changes: Any) -> LoadView:
+    idle = LoadView(make_view(), 1, 0, 0, 0, 0.0, ())
+    return dataclasses.replace(idle, **changes)
+
+
+def refused(policy: Any, load: LoadView, num_tokens: int = 10, **changes: Any) -> Any:
+    return policy.decide(make_request(num_tokens=num_tokens, **changes), load.backlog, lambda: load)
+
+
+def test_open_takes_everything() -> None:
+    full = make_load(backlog=make_view(num_requests=10**9, num_tokens=10**9), num_queued_tokens=10**9)
+    assert refused(Open(), full) is None
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "num_tokens", "is_taken"),
+    [(0, 0, True), (9, 50, True), (10, 0, False), (1, 90, True), (1, 91, False)],
+)
+def test_bounded_refuses_what_passes_a_bound(num_requests: int, num_tokens: int, is_taken: bool) -> None:
+    error = refused(Bounded(10, 100), make_load(backlog=make_view(num_requests=num_requests, num_tokens=num_tokens)))
+    assert (error is None) is is_taken
+    assert is_taken or isinstance(error, Overloaded)
+
+
+def test_bounded_takes_a_large_request_into_an_empty_backlog() -> None:
+    assert refused(Bounded(1, 10), make_load(), num_tokens=1000) is None
+
+
+@pytest.mark.parametrize("make", [EarlyReject, PredictedReject])
+def test_early_reject_refuses_a_first_token_that_comes_too_late(make: type[EarlyReject]) -> None:
+    policy = make(COST, TIGHT, Open())
+    assert refused(policy, make_load(num_queued_tokens=900), num_tokens=90) is None
+    error = refused(policy, make_load(num_queued_tokens=5000), num_tokens=100)
+    assert isinstance(error, Overloaded)
+    assert error.message == "a first token is expected in 5.10 s, and 1 s are promised"
+    assert error.retry_after_s == pytest.approx(4.1)
+    assert refused(policy, make_load(num_queued_tokens=5000, num_workers=10), num_tokens=100) is None
+
+
+def test_early_reject_refuses_when_decodes_are_too_slow_now() -> None:
+    policy = EarlyReject(COST, TIGHT, Open())
+    assert refused(policy, make_load(num_running=18)) is None
+    error = refused(policy, make_load(num_running=20))
+    assert error is not None and error.message.startswith("a token after another is expected in 0.05 s")
+
+
+def test_predicted_reject_counts_what_will_run_by_then() -> None:
+    policy = PredictedReject(COST, TIGHT, Open())
+    ending, staying = Held(10, 0.0, ends_at=0.5), Held(10, 0.0, ends_at=60.0)
+    busy = {"num_running": 30, "num_queued_tokens": 700}
+    assert refused(policy, make_load(held=[ending] * 30, **busy)) is None
+    assert refused(policy, make_load(held=[staying] * 30, **busy)) is not None
+    # What waits will have been prefilled, too.
+    assert refused(policy, make_load(held=[ending] * 30, backlog=make_view(num_requests=30), **busy)) is not None
+
+
+def test_objectives_are_those_of_the_class() -> None:
+    policy = EarlyReject(COST, {"priority": Objectives(ttft_s=0.1), "": Objectives(ttft_s=10.0)}, Open())
+    load = make_load(num_queued_tokens=1000)
+    assert refused(policy, load) is None
+    assert refused(policy, load, slo_class="priority") is not None
+    assert refused(policy, load, slo_class="flex") is None
+
+
+@pytest.mark.parametrize("name", ["early_reject", "predicted_reject"])
+def test_without_objectives_only_the_bounds_refuse(name: str) -> None:
+    policy = ADMITS[name](AdmitContext(10, 100, COST, {}))
+    assert refused(policy, make_load(num_queued_tokens=10**9, num_running=10**6)) is None
+    assert refused(policy, make_load(backlog=make_view(num_requests=10))) is not None
+
+
+def test_retry_after_is_the_time_that_the_backlog_takes() -> None:
+    rates = {"prefill_tokens_per_s": 1000.0, "decode_tokens_per_s": 100.0}
+    view = make_view(num_requests=9, num_tokens=6000, num_new_tokens=900, **rates)
+    assert retry_after(view) == 15.0
+    error = refused(Bounded(1, 10**9), make_load(backlog=view))
+    assert error is not None and error.retry_after_s == 15.0
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10**9), st.floats(0, 1e6), st.floats(0, 1e6))
+def test_retry_after_is_never_absurd(num_tokens: int, num_new: int, prefill: float, decode: float) -> None:
+    rates = {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
+    view = make_view(num_tokens=num_tokens, num_new_tokens=num_new, **rates)
+    assert 1.0 <= retry_after(view) <= 60.0
