@@ -3,9 +3,10 @@
 There is no prefill phase and no decode phase: a sequence has tokens of which the first `num_computed_tokens` are
 computed, and a step computes some more of them under a token budget. So chunked prefill, prefix hits, preemption and
 recovery are one code path. Running sequences that lack one token (decodes) come first, then running ones that lack
-more, then waiting ones in their order. When blocks run out, the sequence admitted last gives all of its back and
-computes its tokens again later (preemption by recompute): so the one admitted first always goes on, ends, and
-nobody starves. Source of the idea: vLLM v1 scheduler; chunked prefill: Agrawal et al. 2024 (Sarathi-Serve), section 4.
+more, then waiting ones in their order; some policies do otherwise. When blocks run out, the sequence admitted last
+gives all of its back and computes its tokens again later (preemption by recompute): so the one admitted first always
+goes on, ends, and nobody starves. Source of the idea: vLLM v1 scheduler; chunked prefill: Agrawal et al. 2024
+(Sarathi-Serve), section 4.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from weft.errors import InvalidRequest
-from weft.hashing import BLOCK_SIZE
 from weft.messages import BlockHash
 from worker_svc.blocks import BlockPool
-from worker_svc.sequence import Sequence, State, blocks_for
+from worker_svc.sequence import Sequence, State
 
 # Blocks that a sequence holds at most beyond those of its tokens.
 BLOCKS_AHEAD: Final = 8
@@ -26,11 +26,13 @@ BLOCKS_AHEAD: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a step may be; `policy` is a key of `POLICIES`."""
+    """What a step may be; `policy` is a key of `POLICIES`, `reserve` one of `RESERVATIONS`."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     policy: str = "chunked"
+    reserve: str = "paged"
+    max_model_len: int = 0  # tokens that `reserve_max` keeps for each sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class _Draft:
     limits: Limits
     now: float
     token_budget: int
+    is_whole: bool = False  # prompts are not cut, whatever the budget
     scheduled: dict[Sequence, int] = field(default_factory=dict)
     computing: set[BlockHash] = field(default_factory=set)  # of the blocks that prefills fill in this step
     admitted: list[Sequence] = field(default_factory=list)
@@ -83,16 +86,7 @@ def plan_step(
     planned and then advances `num_computed_tokens`.
     """
     draft = _Draft(waiting, running, pool, limits, now, limits.max_num_batched_tokens)
-    # Those that end with the token they wait for need no further one.
-    going_on = [sequence for sequence in running if not sequence.is_complete]
-    decodes = [sequence for sequence in going_on if len(sequence.token_ids) - sequence.num_computed_tokens == 1]
-    for sequence in decodes:
-        _continue(draft, sequence)
-    if len(decodes) < len(going_on):
-        for sequence in [sequence for sequence in going_on if sequence not in draft.scheduled]:
-            _continue(draft, sequence)
-    if waiting and not draft.preempted:
-        POLICIES[limits.policy](draft)
+    POLICIES[limits.policy](draft)
     return StepPlan(
         num_scheduled_tokens=draft.scheduled,
         admitted=tuple(draft.admitted),
@@ -109,19 +103,49 @@ def make_room(sequence: Sequence, count: int, pool: BlockPool, num_spared: int) 
         num_spared: free blocks to leave for tokens that are no guesses.
     """
     end = sequence.num_computed_tokens + 1 + count
-    missing = blocks_for(end) - len(sequence.block_table)
+    missing = pool.blocks_for(end) - len(sequence.block_table)
     if missing > 0:
         sequence.block_table += pool.allocate(max(0, min(missing, pool.num_free_blocks - num_spared)))
-    room = len(sequence.block_table) * BLOCK_SIZE - sequence.num_computed_tokens - 1
+    room = len(sequence.block_table) * pool.block_size - sequence.num_computed_tokens - 1
     return min(count, room)
+
+
+def commit_blocks(sequence: Sequence, pool: BlockPool) -> list[BlockHash]:
+    """Give the blocks that became full of known tokens their hashes. Returns: these.
+
+    Mutates: the pool, and the sequence's count and chain of hashes.
+    """
+    full = min(sequence.num_computed_tokens, sequence.num_known_tokens) // pool.block_size
+    if full <= sequence.num_committed_blocks:
+        return []
+    hashes = sequence.extend_hashes()[:full]
+    fresh = hashes[sequence.num_committed_blocks :]
+    for block_id, block_hash in zip(sequence.block_table[sequence.num_committed_blocks :], fresh, strict=False):
+        pool.commit(block_id, block_hash)
+    sequence.num_committed_blocks = len(hashes)
+    return fresh
+
+
+def _continue_running(draft: _Draft) -> None:
+    """Decodes first, then those that lack more than one token."""
+    # Those that end with the token they wait for need no further one.
+    going_on = [sequence for sequence in draft.running if not sequence.is_complete]
+    decodes = [sequence for sequence in going_on if len(sequence.token_ids) - sequence.num_computed_tokens == 1]
+    for sequence in decodes:
+        _continue(draft, sequence)
+    if len(decodes) < len(going_on):
+        for sequence in [sequence for sequence in going_on if sequence not in draft.scheduled]:
+            _continue(draft, sequence)
 
 
 def _continue(draft: _Draft, sequence: Sequence) -> None:
     """Schedule as many tokens of a running sequence as budget and blocks allow, preempting others for at least one."""
-    if not draft.token_budget or sequence.state is not State.RUNNING or sequence in draft.scheduled:
+    if sequence.state is not State.RUNNING or sequence in draft.scheduled:
+        return
+    if draft.token_budget <= 0 and not draft.is_whole:
         return
     pool, running = draft.pool, draft.running
-    room = len(sequence.block_table) * BLOCK_SIZE - sequence.num_computed_tokens
+    room = len(sequence.block_table) * pool.block_size - sequence.num_computed_tokens
     while not room and not pool.num_free_blocks and not _take_back(draft):
         if running[-1] is not sequence:
             _preempt(draft, running[-1])
@@ -131,21 +155,23 @@ def _continue(draft: _Draft, sequence: Sequence) -> None:
         else:
             running.pop()
             pool.free(sequence.release())
-            _reject(draft, sequence)
+            _reject(draft, sequence, len(sequence.token_ids))
             return
-    _schedule(draft, sequence, room + pool.num_free_blocks * BLOCK_SIZE)
+    _schedule(draft, sequence, room + pool.num_free_blocks * pool.block_size)
 
 
 def _schedule(draft: _Draft, sequence: Sequence, room: int) -> None:
     """Give a sequence tokens of the budget, `room` at most, and blocks to hold them."""
-    count = min(sequence.num_uncomputed_tokens, draft.token_budget, room)
-    missing = blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_table)
+    count = min(sequence.num_uncomputed_tokens, room)
+    if not draft.is_whole:
+        count = min(count, draft.token_budget)
+    missing = draft.pool.blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_table)
     if missing > 0:
         sequence.block_table += draft.pool.allocate(max(missing, _num_ahead(sequence, draft.pool)))
     draft.scheduled[sequence] = count
     draft.token_budget -= count
     if count > 1:
-        filled = (sequence.num_computed_tokens + count) // BLOCK_SIZE
+        filled = (sequence.num_computed_tokens + count) // draft.pool.block_size
         draft.computing.update(sequence.hashes[sequence.num_committed_blocks : filled])
 
 
@@ -155,20 +181,26 @@ def _num_ahead(sequence: Sequence, pool: BlockPool) -> int:
     Attention in torch works on runs. 16 sequences that grow by one block in turn have as many runs as blocks, and a
     step of a 125M-parameter model took 65 ms where one run each took 34 ms (two threads, AMD EPYC, 2026).
     """
-    end = min(sequence.end_length, len(sequence.token_ids) + BLOCKS_AHEAD * BLOCK_SIZE)
-    return min(blocks_for(end) - len(sequence.block_table), pool.num_free_blocks - pool.num_blocks // 2)
+    end = min(sequence.end_length, len(sequence.token_ids) + BLOCKS_AHEAD * pool.block_size)
+    return min(pool.blocks_for(end) - len(sequence.block_table), pool.num_free_blocks - pool.num_blocks // 2)
 
 
 def _take_back(draft: _Draft) -> bool:
-    """Free what running sequences hold beyond their tokens, unless a step is under way. Returns: whether it was any."""
+    """Free what running sequences hold beyond their tokens, unless a step is under way. Returns: whether it was any.
+
+    What is reserved stays.
+    """
+    if draft.limits.reserve != "paged":
+        return False
+    pool = draft.pool
     spare = {
-        sequence: sequence.block_table[blocks_for(len(sequence.token_ids)) :]
+        sequence: sequence.block_table[pool.blocks_for(len(sequence.token_ids)) :]
         for sequence in draft.running
         if not sequence.num_pending_tokens
     }
     for sequence, block_ids in spare.items():
-        draft.pool.free(block_ids)
-        del sequence.block_table[blocks_for(len(sequence.token_ids)) :]
+        pool.free(block_ids)
+        del sequence.block_table[pool.blocks_for(len(sequence.token_ids)) :]
     return any(spare.values())
 
 
@@ -181,21 +213,61 @@ def _preempt(draft: _Draft, sequence: Sequence) -> None:
     draft.preempted.append(sequence)
 
 
-def _reject(draft: _Draft, sequence: Sequence) -> None:
-    capacity = draft.pool.num_blocks * BLOCK_SIZE
-    error = InvalidRequest(
-        f"{len(sequence.token_ids)} tokens are more than this worker's KV memory holds ({capacity} tokens)"
-    )
+def _reject(draft: _Draft, sequence: Sequence, num_tokens: int) -> None:
+    capacity = draft.pool.num_blocks * draft.pool.block_size
+    error = InvalidRequest(f"{num_tokens} tokens are more than this worker's KV memory holds ({capacity} tokens)")
     draft.rejected.append((sequence, error))
 
 
-def _admit_chunked(draft: _Draft) -> None:
-    """Continuous batching: whoever is first in line starts as soon as there are a place, budget and blocks.
+def _plan_chunked(draft: _Draft) -> None:
+    """Continuous batching, prompts in chunks: the first in line starts when there are a place, budget and blocks.
 
     It waits a step if this one computes the very block it lacks: the choices of a request with n > 1, and requests
     that arrive together with one long prefix, thus compute it once.
+    Invariant: no step computes more than the budget, and no decode waits for a prompt. Source: Sarathi-Serve.
     """
-    while draft.waiting and draft.token_budget and len(draft.running) < draft.limits.max_num_seqs:
+    _continue_running(draft)
+    _admit_in_line(draft)
+
+
+def _plan_continuous(draft: _Draft) -> None:
+    """As chunked, but for prompts, which are never cut: one may take a step far over the budget.
+
+    Invariant: each step computes a token of every running sequence. Source: Yu et al. 2022 (Orca), section 3.
+    """
+    draft.is_whole = True
+    _plan_chunked(draft)
+
+
+def _plan_prefill_first(draft: _Draft) -> None:
+    """Whole prompts of those in line, and nothing else; all decodes, whatever the budget, in steps without prompts.
+
+    Invariant: no step has both. First tokens come soonest, and running sequences wait for every prompt.
+    Source: vLLM before its version 1 (Kwon et al. 2023), which the stalls of Sarathi-Serve's figure 1 are of.
+    """
+    draft.is_whole = True
+    _admit_in_line(draft)
+    if not draft.scheduled:
+        _continue_running(draft)
+
+
+def _plan_static(draft: _Draft) -> None:
+    """A batch starts when the one before has wholly ended, so the places of those that end early stay empty.
+
+    The baseline that continuous batching is measured against (Yu et al. 2022, Orca, section 2).
+    """
+    _continue_running(draft)
+    if draft.running or draft.preempted:
+        return
+    while draft.waiting and len(draft.running) < draft.limits.max_num_seqs:
+        if not _admit(draft):
+            return
+
+
+def _admit_in_line(draft: _Draft) -> None:
+    if draft.preempted:
+        return
+    while draft.waiting and draft.token_budget > 0 and len(draft.running) < draft.limits.max_num_seqs:
         if _lacks_what_is_computed(draft, draft.waiting[0]) or not _admit(draft):
             return
 
@@ -208,30 +280,20 @@ def _lacks_what_is_computed(draft: _Draft, sequence: Sequence) -> bool:
     return num_hits < len(hashes) and hashes[num_hits] in draft.computing
 
 
-def _admit_static(draft: _Draft) -> None:
-    """A batch starts when the one before has wholly ended, so the places of those that end early stay empty.
-
-    The baseline that continuous batching is measured against (Yu et al. 2022, Orca, section 2).
-    """
-    if draft.running:
-        return
-    while draft.waiting and len(draft.running) < draft.limits.max_num_seqs:
-        if not _admit(draft):
-            return
-
-
 def _admit(draft: _Draft) -> bool:
     """Take the first waiting sequence out of line; False if it must wait for blocks."""
     sequence, pool = draft.waiting[0], draft.pool
     num_tokens = len(sequence.token_ids)
-    if blocks_for(num_tokens) > pool.num_blocks:
-        _reject(draft, draft.waiting.pop(0))
+    reserved_length = RESERVATIONS[draft.limits.reserve](sequence, draft.limits)
+    num_reserved = pool.blocks_for(reserved_length)
+    if max(pool.blocks_for(num_tokens), num_reserved) > pool.num_blocks:
+        _reject(draft, draft.waiting.pop(0), max(num_tokens, reserved_length))
         return True
     hits = pool.lookup(sequence.extend_hashes())
     # At least one token must be computed, or there would be no logits to sample from: if all are found, the last
     # one is computed again, in a copy of its block.
-    is_whole = bool(hits) and len(hits) * BLOCK_SIZE == num_tokens
-    num_missing = blocks_for(num_tokens) - len(hits) + is_whole + pool.num_cached_among(hits)
+    is_whole = bool(hits) and len(hits) * pool.block_size == num_tokens
+    num_missing = max(pool.blocks_for(num_tokens), num_reserved) - len(hits) + is_whole + pool.num_cached_among(hits)
     if not _has_blocks(draft, num_missing) and not (_take_back(draft) and _has_blocks(draft, num_missing)):
         if draft.running or not is_whole:
             return False
@@ -245,13 +307,14 @@ def _admit(draft: _Draft) -> bool:
         hits[-1] = target
     sequence.block_table = hits
     sequence.num_committed_blocks = len(hits) - is_whole
-    sequence.num_computed_tokens = sequence.num_cached_tokens = len(hits) * BLOCK_SIZE - is_whole
+    sequence.num_computed_tokens = sequence.num_cached_tokens = len(hits) * pool.block_size - is_whole
+    sequence.block_table += pool.allocate(max(0, num_reserved - len(hits)))
     if sequence.admitted_at is None:
         sequence.admitted_at = draft.now
     sequence.state = State.RUNNING
     draft.running.append(draft.waiting.pop(0))
     draft.admitted.append(sequence)
-    if draft.token_budget:
+    if draft.token_budget > 0:
         _schedule(draft, sequence, num_tokens)
     return True
 
@@ -262,9 +325,31 @@ def _has_blocks(draft: _Draft, count: int) -> bool:
     These need all of the blocks of their tokens, and one more to grow; with less, whoever is admitted now would be
     the first to be preempted.
     """
-    running = draft.running
+    if draft.limits.reserve != "paged":
+        return count <= draft.pool.num_free_blocks
+    blocks_for, running = draft.pool.blocks_for, draft.running
     promised = sum(max(0, blocks_for(len(s.token_ids)) - len(s.block_table) + 1) for s in running)
     return count + promised <= draft.pool.num_free_blocks
 
 
-POLICIES: Final[dict[str, Callable[[_Draft], None]]] = {"chunked": _admit_chunked, "static": _admit_static}
+def _next_power_of_two(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
+POLICIES: Final[dict[str, Callable[[_Draft], None]]] = {
+    "chunked": _plan_chunked,
+    "continuous": _plan_continuous,
+    "prefill_first": _plan_prefill_first,
+    "static": _plan_static,
+}
+# Tokens that a sequence gets blocks for when it is admitted. `paged` takes blocks as tokens come; the others are the
+# baselines of Kwon et al. 2023 (vLLM), section 6.1, which keep room to the end so that nobody is ever preempted.
+RESERVATIONS: Final[dict[str, Callable[[Sequence, Limits], int]]] = {
+    "paged": lambda sequence, limits: 0,
+    "reserve_max": lambda sequence, limits: max(limits.max_model_len, sequence.end_length),
+    "reserve_pow2": lambda sequence, limits: min(
+        sequence.num_prompt_tokens + _next_power_of_two(sequence.end_length - sequence.num_prompt_tokens),
+        max(limits.max_model_len, sequence.end_length),
+    ),
+    "reserve_oracle": lambda sequence, limits: sequence.end_length,
+}

@@ -17,14 +17,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from weft.errors import InvariantViolation
+from weft.hashing import BLOCK_SIZE
 from weft.messages import BlockHash
 
 
 class BlockPool:
     """Books of `num_blocks` blocks; the bytes themselves are the runner's."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE) -> None:
+        """`block_size`: tokens of a block; another one only where nothing is computed, as in a simulator."""
         self.num_blocks = num_blocks
+        self.block_size = block_size
         # One byte a block, 1 if it is free: `find` looks for free blocks in a row among a thousand in a microsecond.
         self._free = bytearray(b"\1" * num_blocks)
         self._num_free = num_blocks
@@ -40,6 +43,10 @@ class BlockPool:
     def num_free_blocks(self) -> int:
         """Blocks that `allocate` can give: free or only cached."""
         return self._num_free + len(self._cached)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_size)
 
     def ref_count(self, block_id: int) -> int:
         return self._ref_counts[block_id]

@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import torch
 
 from weft.columns import split_hashes
 from weft.errors import InvariantViolation, WeftError
-from weft.hashing import BLOCK_SIZE, chain_root
+from weft.hashing import chain_root
 from weft.messages import (
     FINISH_ERROR,
     FINISH_LENGTH,
@@ -39,7 +39,7 @@ from weft.messages import (
     TokenizedRequest,
 )
 from weft.settings import WorkerSettings
-from worker_svc.batch import Limits, StepPlan, make_room, plan_step
+from worker_svc.batch import Limits, StepPlan, commit_blocks, make_room, plan_step
 from worker_svc.blocks import BlockPool
 from worker_svc.checks import check_request
 from worker_svc.engine_io import (
@@ -50,11 +50,12 @@ from worker_svc.engine_io import (
     Drop,
     EngineLoad,
     LoadWanted,
+    Progress,
     Started,
     StepOutput,
     TokenRow,
 )
-from worker_svc.kv_exchange import KvExchange
+from worker_svc.kv_exchange import MAX_OFFLOADS_PER_STEP, KvExchange
 from worker_svc.runner import ModelRunner
 from worker_svc.sampler import Logprobs, Sampler, Samples
 from worker_svc.sequence import Request, Sequence, State, make_sequences
@@ -72,6 +73,10 @@ log = logging.getLogger(__name__)
 CHECK_INTERVAL_S: Final = 10.0
 # Weight of the past when a step's rate is counted in.
 RATE_MEMORY: Final = 0.95
+# The same, of a step's seconds.
+STEP_MEMORY: Final = 0.9
+# A prompt in many chunks is told of once in so many, since each time is a message.
+CHUNKS_TOLD: Final = 8
 
 
 @dataclass(slots=True)
@@ -79,6 +84,7 @@ class _Outbox:
     rows: list[TokenRow] = field(default_factory=list)
     started: list[Started] = field(default_factory=list)
     load: list[LoadWanted] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
     ended: list[tuple[str, int]] = field(default_factory=list)
 
 
@@ -142,10 +148,7 @@ class Engine:
             clock: monotonic seconds.
         """
         self.pool = BlockPool(runner.num_blocks)
-        when = settings.kv_offload
-        if when == "auto":
-            when = "idle" if runner.device.type == "cpu" else "always"
-        self.exchange = KvExchange(self.pool, kv_load=settings.kv_load, kv_offload=when, block_bytes=runner.block_bytes)
+        self.exchange = _make_exchange(self.pool, runner, settings)
         self.load = EngineLoad() if load is None else load
         self.load.num_blocks = self.load.num_free_blocks = runner.num_blocks
         self.load.cached_hashes = self.pool.hashes if settings.prefix_cache else list
@@ -154,7 +157,13 @@ class Engine:
         self.block_bytes = runner.block_bytes
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.batching)
+        self._limits = Limits(
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
+            settings.batching,
+            settings.reserve,
+            runner.max_model_len,
+        )
         self._prefix_cache = settings.prefix_cache
         self._runner = runner
         self._sampler = runner.make_sampler() if sampler is None else sampler
@@ -206,8 +215,8 @@ class Engine:
 
     def apply(self, command: Command) -> None:
         match command:
-            case Add(request):
-                self._add(request)
+            case Add(request, stop_after):
+                self._add(request, stop_after)
             case Drop():
                 self._drop(command)
             case BlocksLoaded():
@@ -215,7 +224,7 @@ class Engine:
             case BlocksOffloaded(num_blocks):
                 self.exchange.offloaded(num_blocks)
 
-    def _add(self, request: TokenizedRequest) -> None:
+    def _add(self, request: TokenizedRequest, stop_after: int | None) -> None:
         held = self._requests.get(request.request_id)
         if held is not None:
             if held.epoch >= request.epoch:
@@ -231,12 +240,12 @@ class Engine:
         except WeftError as error:
             self._refuse(request, ErrorInfo.of(error))
             return
-        group = self._make_sequences(request)
+        group = self._make_sequences(request, stop_after)
         self._requests[request.request_id] = group
         for sequence in list(group.live):
             self._enter(sequence)
 
-    def _make_sequences(self, request: TokenizedRequest) -> Request:
+    def _make_sequences(self, request: TokenizedRequest, stop_after: int | None) -> Request:
         if self._prefix_cache:
             root: BlockHash | None = chain_root(self._digest, request.cache_salt)
         elif len(request.choices) > 1:
@@ -252,6 +261,7 @@ class Engine:
             eos_token_ids=self._eos_token_ids,
             root=root,
             hashes=split_hashes(request.block_hashes) if self._prefix_cache else [],
+            stop_after=stop_after,
         )
 
     def _refuse(self, request: TokenizedRequest, error: ErrorInfo) -> None:
@@ -315,6 +325,8 @@ class Engine:
             self._offer(sequence.hashes[: sequence.num_committed_blocks])
         for sequence in plan.preempted:
             self._forget(sequence)
+            self._tell_progress(sequence, "preempted", sequence.num_known_tokens)
+            sequence.num_chunks = 0
         for sequence, error in plan.rejected:
             self._fail(sequence, sequence.num_known_tokens, ErrorInfo.of(error))
         self.load.num_preemptions += len(plan.preempted)
@@ -340,7 +352,9 @@ class Engine:
             )
             for sequence in sequences
         ]
-        drafts = speculation.draft(sequences, rooms, self._limits.max_num_batched_tokens - len(sequences))
+        # Decodes alone may be more than the budget where prompts are not cut.
+        num_spare = max(0, self._limits.max_num_batched_tokens - len(sequences))
+        drafts = speculation.draft(sequences, rooms, num_spare)
         return {sequence: draft for sequence, draft in zip(sequences, drafts, strict=True) if draft}
 
     def _launch(self, plan: StepPlan, drafted: dict[Sequence, Ordered[int]] | None, began: float) -> _Flight | None:
@@ -359,11 +373,28 @@ class Engine:
         for sequence, count in plan.num_scheduled_tokens.items():
             sequence.num_computed_tokens += count
             self._commit_blocks(sequence)
+            if count > 1 or sequence.num_chunks:
+                self._count_chunk(sequence)
         awaited = [
             (sequence, sequence.await_token(row), draft)
             for row, (sequence, draft) in enumerate(zip(sampled, sampled_drafts, strict=True))
         ]
         return _Flight(plan, awaited, sampling, began, stopwatch, is_observed=drafted is not None)
+
+    def _count_chunk(self, sequence: Sequence) -> None:
+        """Tell of a prompt that takes several steps, now and then and at its end."""
+        sequence.num_chunks += 1
+        is_last = not sequence.num_uncomputed_tokens
+        if sequence.num_chunks % CHUNKS_TOLD == 0 or (is_last and sequence.num_chunks > 1):
+            self._tell_progress(sequence, "prefill", sequence.num_computed_tokens)
+        if is_last:
+            sequence.num_chunks = 0
+
+    def _tell_progress(self, sequence: Sequence, kind: Literal["prefill", "preempted"], num_tokens: int) -> None:
+        request, chunks = sequence.request, sequence.num_chunks
+        self._out.progress.append(
+            Progress(request.request_id, request.gateway, request.epoch, kind, chunks, num_tokens)
+        )
 
     def _land(self) -> None:
         """Take the tokens of the step in flight, if there is one."""
@@ -407,15 +438,7 @@ class Engine:
             self._fail(sequence, emitted.first_index, samples.errors[row])
 
     def _commit_blocks(self, sequence: Sequence) -> None:
-        """Give the blocks that became full of known tokens their hashes."""
-        full = min(sequence.num_computed_tokens, sequence.num_known_tokens) // BLOCK_SIZE
-        if sequence.root is None or full <= sequence.num_committed_blocks:
-            return
-        hashes = sequence.extend_hashes()
-        for i in range(sequence.num_committed_blocks, full):
-            self.pool.commit(sequence.block_table[i], hashes[i])
-        self._offer(hashes[sequence.num_committed_blocks : full])
-        sequence.num_committed_blocks = full
+        self._offer(commit_blocks(sequence, self.pool))
 
     def _offer(self, hashes: Iterable[BlockHash]) -> None:
         if self._prefix_cache:
@@ -428,7 +451,7 @@ class Engine:
         if emitted.token_ids[-1] in sequence.stop_ids:
             finish = FINISH_STOP
         elif emitted.first_index + len(emitted.token_ids) >= sequence.end_length:
-            finish = FINISH_LENGTH
+            finish = sequence.end_finish
         else:
             finish = FINISH_NONE
         self._out.rows.append(
@@ -456,6 +479,7 @@ class Engine:
             load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, seconds)
         else:
             load.decode_tokens_per_s = self._decode_rate.add(num_emitted, seconds)
+        load.step_s = STEP_MEMORY * load.step_s + (1 - STEP_MEMORY) * seconds if load.step_s else seconds
         self.exchange.prefill_tokens_per_s = load.prefill_tokens_per_s
         load.device_busy_share = min(1.0, self._busy.add(flight.stopwatch.seconds(), seconds))
         load.num_output_tokens += num_emitted
@@ -496,7 +520,7 @@ class Engine:
         data = self._runner.read_blocks([block_id for _, block_id in offloads]) if offloads else []
         if not self._prefix_cache:
             stored = removed = ()
-        if not (out.rows or out.started or out.load or out.ended or stored or removed or data):
+        if not (out.rows or out.started or out.load or out.progress or out.ended or stored or removed or data):
             return None
         return StepOutput(
             rows=tuple(out.rows),
@@ -505,6 +529,7 @@ class Engine:
             removed=removed,
             offload=tuple(zip([block_hash for block_hash, _ in offloads], data, strict=True)),
             load=tuple(out.load),
+            progress=tuple(out.progress),
             ended=tuple(out.ended),
         )
 
@@ -520,7 +545,9 @@ class Engine:
         num_cached = min(sequence.num_cached_tokens, num_prompt)
         self.load.num_prompt_tokens += num_prompt
         self.load.num_cached_tokens += num_cached
-        self._out.started.append(Started(request.request_id, request.gateway, request.epoch, num_prompt, num_cached))
+        self._out.started.append(
+            Started(request.request_id, request.gateway, request.epoch, num_prompt, num_cached, self._clock())
+        )
 
     def _fail(self, sequence: Sequence, index: int, error: ErrorInfo) -> None:
         self._finish(sequence, index, FINISH_ERROR, error)
@@ -556,3 +583,20 @@ class Engine:
         """What the drafter holds of a sequence that has no blocks any more."""
         if self._speculation is not None:
             self._speculation.forget(sequence)
+
+
+def _make_exchange(pool: BlockPool, runner: ModelRunner, settings: WorkerSettings) -> KvExchange:
+    """Who prefills for others has no use for its blocks but that these find them: it sends all that a step fills."""
+    is_prefill = settings.role == "prefill"
+    when, per_step = settings.kv_offload, MAX_OFFLOADS_PER_STEP
+    if when == "auto":
+        when = "idle" if runner.device.type == "cpu" and not is_prefill else "always"
+    if is_prefill:
+        per_step = max(per_step, pool.blocks_for(settings.max_num_batched_tokens) + 1)
+    return KvExchange(
+        pool,
+        kv_load=settings.kv_load,
+        kv_offload=when,
+        block_bytes=runner.block_bytes,
+        max_offloads_per_step=per_step,
+    )

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from weft.messages import BlockHash, ErrorInfo, TokenizedRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Take in a request, all its choices."""
+    """Take in a request, all its choices; with `stop_after`, hand each back after so many new tokens."""
 
     request: TokenizedRequest
+    stop_after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,19 @@ class Started:
     epoch: int
     num_prompt_tokens: int
     num_cached_tokens: int  # of the prompt: found in the worker's or the cache service's blocks
+    at: float  # seconds, monotonic: it is told of only after the step
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a request's client may want to know of its prompt: chunks computed so far, or that all must be again."""
+
+    request_id: str
+    gateway: str
+    epoch: int
+    kind: Literal["prefill", "preempted"]
+    num_chunks: int
+    num_computed_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +107,7 @@ class StepOutput:
     # Full blocks worth keeping beyond this worker; answer with `BlocksOffloaded`, whatever comes of it.
     offload: tuple[tuple[BlockHash, bytes], ...] = ()
     load: tuple[LoadWanted, ...] = ()
+    progress: tuple[Progress, ...] = ()
     ended: tuple[tuple[str, int], ...] = ()  # (request_id, epoch) all of whose choices have ended or were dropped
 
 
@@ -122,8 +137,10 @@ class EngineLoad:
     num_accepted_tokens: int = 0  # of these, that came
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    step_s: float = 0.0  # of recent steps
     device_busy_share: float = 0.0  # of the time of recent steps that the device computed
     loaded: float = 0.0  # share of the weights
+    warm_up_s: float = 0.0  # of the start, after the weights were there
     last_step_at: float = 0.0  # monotonic seconds
     is_idle: bool = True
     failure: Exception | None = None  # what ended the engine's thread; the process should end too

@@ -21,6 +21,8 @@ class HeldRequest:
     gateway: str
     slots: set[int]  # of the choices that have not ended
     stamps: Mapping[str, float]
+    tenant: str = ""
+    num_prompt_tokens: int = 0
 
 
 class HeldTable:
@@ -49,7 +51,13 @@ class HeldTable:
     def take(self, request: TokenizedRequest, stamps: Mapping[str, float]) -> None:
         """Hold a request, which must not be stale, and whose lower epochs have been cancelled."""
         self._held[request.request_id] = HeldRequest(
-            request.request_id, request.epoch, request.gateway, {choice.slot for choice in request.choices}, stamps
+            request.request_id,
+            request.epoch,
+            request.gateway,
+            {choice.slot for choice in request.choices},
+            stamps,
+            request.tenant,
+            request.num_prompt_tokens,
         )
         self.num_sequences += len(request.choices)
 

@@ -17,7 +17,7 @@ from worker_svc.engine_io import BlocksLoaded, LoadWanted
 from worker_svc.sequence import Sequence, State
 
 # Asking costs messages and a wait; this little is computed sooner.
-MIN_AUTO_BLOCKS: Final = 4
+MIN_AUTO_TOKENS: Final = 4 * BLOCK_SIZE
 LOAD_LATENCY_S: Final = 0.005
 # Answers in a row that brought nothing, after which only each eighth new prompt is asked for: an answer is heard when
 # the step is over that a worker is in, so each such prompt waits for 20 to 200 ms on a busy CPU.
@@ -44,7 +44,15 @@ class KvExchange:
     `is_available`, `load_bytes_per_s` and `prefill_tokens_per_s` are told from outside; a rate of 0 is not known yet.
     """
 
-    def __init__(self, pool: BlockPool, *, kv_load: str, kv_offload: str, block_bytes: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        kv_load: str,
+        kv_offload: str,
+        block_bytes: int,
+        max_offloads_per_step: int = MAX_OFFLOADS_PER_STEP,
+    ) -> None:
         """`kv_load`, `kv_offload`: as the settings say, but `kv_offload` is not "auto"."""
         self.is_available = False
         self.load_bytes_per_s = 0.0
@@ -53,6 +61,7 @@ class KvExchange:
         self._kv_load = kv_load
         self._kv_offload = kv_offload
         self._block_bytes = block_bytes
+        self._max_offloads_per_step = max_offloads_per_step
         self._num_offloading = 0
         self._max_offloading = max(1, MAX_OFFLOADING_BYTES // max(1, block_bytes))
         self._num_fruitless = 0  # answers in a row, and prompts since that were not asked for
@@ -104,7 +113,8 @@ class KvExchange:
         """`is_recovered`: another worker has computed the sequence before, and may have left its blocks there."""
         if self._kv_load == "always":
             return True
-        if num_blocks < MIN_AUTO_BLOCKS:
+        num_tokens = num_blocks * self._pool.block_size
+        if num_tokens < MIN_AUTO_TOKENS:
             return False
         if self._num_fruitless >= REST_AFTER and not is_recovered:
             self._num_fruitless += 1
@@ -113,7 +123,7 @@ class KvExchange:
         if not self.load_bytes_per_s or not self.prefill_tokens_per_s:
             return True
         load_s = LOAD_LATENCY_S + num_blocks * self._block_bytes / self.load_bytes_per_s
-        return load_s < num_blocks * BLOCK_SIZE / self.prefill_tokens_per_s
+        return load_s < num_tokens / self.prefill_tokens_per_s
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence that was dropped while it waited. Others may still wait for what it asked for."""
@@ -157,7 +167,7 @@ class KvExchange:
         found: list[tuple[BlockHash, int]] = []
         if self._kv_offload == "idle" and not is_idle:
             return found
-        most = min(MAX_OFFLOADS_PER_STEP, self._max_offloading - self._num_offloading)
+        most = min(self._max_offloads_per_step, self._max_offloading - self._num_offloading)
         while self._queue and len(found) < most:
             block_hash, _ = self._queue.popitem(last=False)
             block_id = self._pool.block_of(block_hash)

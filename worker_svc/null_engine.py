@@ -18,7 +18,16 @@ from typing import Final
 
 from weft.errors import InvalidRequest
 from weft.hashing import BLOCK_SIZE
-from weft.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, Choice, ErrorInfo, SamplingParams, TokenizedRequest
+from weft.messages import (
+    FINISH_ERROR,
+    FINISH_LENGTH,
+    FINISH_NONE,
+    FINISH_YIELD,
+    Choice,
+    ErrorInfo,
+    SamplingParams,
+    TokenizedRequest,
+)
 from weft.model_folder import ModelFolder
 from weft.settings import WorkerSettings
 from worker_svc.engine_io import (
@@ -51,6 +60,7 @@ class _Stream:
     first_index: int  # where this epoch begins
     next_index: int
     end_index: int
+    end_finish: int
     top_logprobs: int | None
     first_due: float  # seconds, monotonic
     ended: bool = False
@@ -82,8 +92,8 @@ class NullCore:
         started: list[Started] = []
         for command in commands:
             match command:
-                case Add(request):
-                    self._add(request, now, rows, started)
+                case Add(request, stop_after):
+                    self._add(request, stop_after, now, rows, started)
                 case Drop():
                     self._drop(command)
                 case BlocksLoaded() | BlocksOffloaded():
@@ -100,17 +110,24 @@ class NullCore:
         self.load.last_step_at = now
         return StepOutput(rows=tuple(rows), started=tuple(started), ended=ended)
 
-    def _add(self, request: TokenizedRequest, now: float, rows: list[TokenRow], started: list[Started]) -> None:
+    def _add(
+        self,
+        request: TokenizedRequest,
+        stop_after: int | None,
+        now: float,
+        rows: list[TokenRow],
+        started: list[Started],
+    ) -> None:
         held = self._requests.get(request.request_id)
         if held is not None:
             if held[0].epoch >= request.epoch:
                 return
             self._drop(Drop(request.request_id, held[0].epoch))
         prompt = request.num_prompt_tokens
-        started.append(Started(request.request_id, request.gateway, request.epoch, prompt, 0))
+        started.append(Started(request.request_id, request.gateway, request.epoch, prompt, 0, now))
         self.load.num_prompt_tokens += prompt
         self._requests[request.request_id] = streams = [
-            self._stream(request, choice, now) for choice in request.choices
+            self._stream(request, choice, stop_after, now) for choice in request.choices
         ]
         for stream in list(streams):
             self.load.num_running += 1
@@ -122,9 +139,12 @@ class NullCore:
             else:
                 self._plan(stream)
 
-    def _stream(self, request: TokenizedRequest, choice: Choice, now: float) -> _Stream:
+    def _stream(self, request: TokenizedRequest, choice: Choice, stop_after: int | None, now: float) -> _Stream:
         index = len(choice.emitted) // 4
         end_index = self._end_index(request.sampling, request.num_prompt_tokens)
+        end_finish = FINISH_LENGTH
+        if stop_after is not None and index + stop_after < end_index:
+            end_index, end_finish = index + stop_after, FINISH_YIELD
         return _Stream(
             request_id=request.request_id,
             gateway=request.gateway,
@@ -135,6 +155,7 @@ class NullCore:
             first_index=index,
             next_index=index,
             end_index=end_index,
+            end_finish=end_finish,
             top_logprobs=request.sampling.logprobs,
             first_due=now + self._first_token_s,
         )
@@ -150,7 +171,7 @@ class NullCore:
         stream.next_index = min(max(due, first + 1), first + MAX_ROW_TOKENS, max(first, stream.end_index))
         token_ids = tuple(self._token(stream.seed, index) for index in range(first, stream.next_index))
         self.load.num_output_tokens += len(token_ids)
-        finish = FINISH_LENGTH if stream.next_index >= stream.end_index else FINISH_NONE
+        finish = stream.end_finish if stream.next_index >= stream.end_index else FINISH_NONE
         if finish:
             self._end(stream)
         else:

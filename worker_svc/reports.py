@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
+from weft.columns import pack_u32
 from weft.messages import (
     BlockHash,
+    Ended,
     ErrorInfo,
     KvEvents,
     State,
     StreamEvent,
     TokenFrame,
     TokenizedRequest,
+    WorkerRole,
     WorkerStatus,
 )
 from weft.model_folder import ModelFolder
 from weft.subjects import Returned
-from worker_svc.engine_io import EngineLoad, Started, TokenRow
+from worker_svc.engine_io import EngineLoad, Progress, Started, TokenRow
 from worker_svc.frames import to_frames
 from worker_svc.held import HeldRequest
 
@@ -28,8 +31,9 @@ MAX_SCHEDULERS: Final = 1000
 class Reports:
     """Makes the messages, and keeps the numbers that each kind of them is counted by."""
 
-    def __init__(self, worker: str, worker_epoch: int) -> None:
+    def __init__(self, worker: str, worker_epoch: int, role: WorkerRole = "both") -> None:
         self._worker = worker
+        self._role = role
         self._worker_epoch = worker_epoch
         self._frame_sequence: dict[str, int] = {}  # of each gateway's next frame
         self._kv_sequence = 0  # of the last KvEvents
@@ -45,6 +49,17 @@ class Reports:
     def frames(self, rows: Sequence[TokenRow]) -> list[tuple[str, TokenFrame]]:
         """(gateway, frame) pairs."""
         return to_frames(rows, self._frame_sequence, worker=self._worker, worker_epoch=self._worker_epoch)
+
+    def ended(self, model: str, ends: Sequence[tuple[HeldRequest, int]]) -> Ended:
+        """`ends`: choices that have come to their end, and how many tokens they have generated, in all epochs."""
+        return Ended(
+            self._worker,
+            model,
+            request_ids=[held.request_id for held, _ in ends],
+            tenants=[held.tenant for held, _ in ends],
+            num_prompt_tokens=pack_u32([held.num_prompt_tokens for held, _ in ends]),
+            num_output_tokens=pack_u32([count for _, count in ends]),
+        )
 
     def kv_events(self, stored: Sequence[BlockHash], removed: Sequence[BlockHash]) -> KvEvents:
         self._kv_sequence += 1
@@ -74,6 +89,8 @@ class Reports:
             kv_sequence=self._kv_sequence,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             decode_tokens_per_s=load.decode_tokens_per_s,
+            role=self._role,
+            step_s=load.step_s,
         )
 
     def started(self, started: Started, stamps: Mapping[str, float]) -> StreamEvent:
@@ -86,6 +103,17 @@ class Reports:
             num_prompt_tokens=started.num_prompt_tokens,
             num_cached_tokens=started.num_cached_tokens,
             stamps=dict(stamps),
+        )
+
+    def progress(self, progress: Progress) -> StreamEvent:
+        return StreamEvent(
+            progress.request_id,
+            progress.epoch,
+            progress.kind,
+            "worker",
+            self._worker,
+            num_chunks=progress.num_chunks,
+            num_computed_tokens=progress.num_computed_tokens,
         )
 
     def event(

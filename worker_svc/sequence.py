@@ -12,7 +12,7 @@ from typing import Final
 
 from weft.columns import pack_u32, unpack_u32
 from weft.hashing import BLOCK_SIZE, next_hash
-from weft.messages import BlockHash, SamplingParams, TokenizedRequest
+from weft.messages import FINISH_LENGTH, FINISH_YIELD, BlockHash, SamplingParams, TokenizedRequest
 
 # Stands in `token_ids` for a token that was sampled but not yet read from the device.
 UNKNOWN_TOKEN: Final = -1
@@ -52,7 +52,7 @@ class Sequence:
     sampling: SamplingParams
     token_ids: list[int]  # prompt, then completion
     num_prompt_tokens: int
-    end_length: int  # tokens at which it ends with `length`
+    end_length: int  # tokens at which it ends with `end_finish`
     stop_ids: frozenset[int]
     # What block 0 is chained to; None for a sequence whose blocks are shared with nobody.
     root: BlockHash | None
@@ -60,12 +60,14 @@ class Sequence:
     state: State = State.WAITING
     num_computed_tokens: int = 0
     num_committed_blocks: int = 0
+    num_chunks: int = 0  # steps that computed some of what it lacks, until it lacks no more
     num_cached_tokens: int = 0  # found at its last admission
     block_table: list[int] = field(default_factory=list)
     admitted_at: float | None = None  # seconds, monotonic; the first time
     # Tokens at the end that were sampled but not read yet, and the row of the last one in the step that sampled it.
     num_pending_tokens: int = 0
     pending_row: int = 0
+    end_finish: int = FINISH_LENGTH  # or FINISH_YIELD
 
     @property
     def num_output_tokens(self) -> int:
@@ -108,11 +110,6 @@ class Sequence:
         return blocks
 
 
-def blocks_for(num_tokens: int) -> int:
-    """Blocks that hold `num_tokens`."""
-    return -(-num_tokens // BLOCK_SIZE)
-
-
 def make_sequences(
     request: TokenizedRequest,
     *,
@@ -121,11 +118,13 @@ def make_sequences(
     eos_token_ids: frozenset[int],
     root: BlockHash | None,
     hashes: list[bytes],
+    stop_after: int | None = None,
 ) -> Request:
     """The sequences of a request that was checked, as the `live` ones of its `Request`.
 
     Args:
         root, hashes: the prompt's hash chain, as far as it is known.
+        stop_after: new tokens after which each yields.
     """
     group = Request(request.request_id, request.gateway, request.epoch)
     sampling, prompt = request.sampling, unpack_u32(request.prompt_token_ids)
@@ -135,20 +134,23 @@ def make_sequences(
     stop_ids = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         stop_ids |= eos_token_ids
-    group.live += [
-        Sequence(
-            request=group,
-            arrival=arrival,
-            slot=choice.slot,
-            seed=choice.seed,
-            sampling=sampling,
-            token_ids=prompt + unpack_u32(choice.emitted),
-            num_prompt_tokens=len(prompt),
-            end_length=end_length,
-            stop_ids=stop_ids,
-            root=root,
-            hashes=[BlockHash(block_hash) for block_hash in hashes],
+    for choice in request.choices:
+        token_ids = prompt + unpack_u32(choice.emitted)
+        yields = stop_after is not None and len(token_ids) + stop_after < end_length
+        group.live.append(
+            Sequence(
+                request=group,
+                arrival=arrival,
+                slot=choice.slot,
+                seed=choice.seed,
+                sampling=sampling,
+                token_ids=token_ids,
+                num_prompt_tokens=len(prompt),
+                end_length=len(token_ids) + stop_after if yields and stop_after is not None else end_length,
+                stop_ids=stop_ids,
+                root=root,
+                hashes=[BlockHash(block_hash) for block_hash in hashes],
+                end_finish=FINISH_YIELD if yields else FINISH_LENGTH,
+            )
         )
-        for choice in request.choices
-    ]
     return group

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from weft import model_folder, subjects
 from weft.bus import Bus
@@ -20,6 +20,8 @@ from weft.errors import Unavailable, WeftError
 from weft.holder import MissingGateways, make_claims
 from weft.messages import (
     CLAIM_INTERVAL_S,
+    FINISH_LENGTH,
+    FINISH_STOP,
     HEARTBEAT_TIMEOUT_S,
     Assignment,
     Cancel,
@@ -29,6 +31,7 @@ from weft.messages import (
     KvEvents,
     State,
     TokenizedRequest,
+    WorkerRole,
 )
 from weft.model_folder import ModelFolder
 from weft.roster import Change, Roster
@@ -78,7 +81,8 @@ class WorkerService:
         self._empty = asyncio.Event()
         self._roster = Roster()
         self._missing = MissingGateways(self._roster)
-        self._reports = Reports(context.instance, context.epoch)
+        role = cast(WorkerRole, "both" if settings.role == "auto" else settings.role)
+        self._reports = Reports(context.instance, context.epoch, role)
         self._status_timer: asyncio.TimerHandle | None = None
         self._num_steps_seen = -1
         self._moved_at = time.monotonic()
@@ -96,10 +100,15 @@ class WorkerService:
             # Runs in the engine's thread; all else happens on the loop.
             loop.call_soon_threadsafe(self._on_output, output)
 
+        times = self._context.start_times
+        times.mark("folder")
         engine = await asyncio.to_thread(_make_engine, self._folder, self._settings)
+        times.mark("imports")
         # Before it has started: `stats` tells how far it has loaded.
         self._engine = engine
         await asyncio.to_thread(engine.start, hand_over)
+        times.mark("load")
+        times.move(engine.load.warm_up_s, "load", "warm_up")
         await self._start_kv(engine)
         await self._bus.on(subjects.CANCEL, Cancel, self._on_cancel)
         await self._bus.on(subjects.assign(self._instance), Assignment, self._on_assignment)
@@ -188,7 +197,7 @@ class WorkerService:
         if stale:
             self._counters.stale += 1
         else:
-            self._admit(request)
+            self._admit(request, assignment.stop_after)
         self._room_changed()
 
     def _on_cancel(self, cancel: Cancel) -> None:
@@ -214,8 +223,10 @@ class WorkerService:
         for started in output.started:
             held = self._held.get(started.request_id, started.epoch)
             if held is not None:
-                stamps = {**held.stamps, "started": time.time()}
+                stamps = {**held.stamps, "started": time.time() - (time.monotonic() - started.at)}
                 self._bus.tell(subjects.events(started.gateway), self._reports.started(started, stamps))
+        for progress in output.progress:
+            self._bus.tell(subjects.events(progress.gateway), self._reports.progress(progress))
         if output.rows:
             self._send_frames(output.rows)
         if output.stored or output.removed:
@@ -234,10 +245,20 @@ class WorkerService:
             self._counters.frames += 1
             self._bus.tell(subjects.frames(gateway), frame)
         finished = [row for row in rows if row.finish]
+        self._send_ended(row for row in finished if row.finish in (FINISH_STOP, FINISH_LENGTH))
         for row in finished:
             self._held.finish(row.request_id, row.epoch, row.slot)
         if finished:
             self._room_changed()
+
+    def _send_ended(self, rows: Iterable[TokenRow]) -> None:
+        ends = [
+            (held, row.first_index + len(row.token_ids))
+            for row in rows
+            if (held := self._held.get(row.request_id, row.epoch)) is not None
+        ]
+        if ends and self._folder is not None:
+            self._bus.tell(subjects.ended(self._instance), self._reports.ended(self._folder.name, ends))
 
     # ---- taking and letting go ----
 
@@ -251,7 +272,7 @@ class WorkerService:
         held = self._held.num_sequences
         return held > 0 and held + num_choices > self._settings.max_num_seqs
 
-    def _admit(self, request: TokenizedRequest) -> None:
+    def _admit(self, request: TokenizedRequest, stop_after: int | None) -> None:
         assert self._engine is not None and self._folder is not None
         try:
             check_request(
@@ -266,7 +287,7 @@ class WorkerService:
             return
         self._counters.accepted += 1
         self._held.take(request, {**request.stamps, "worker": time.time()})
-        self._engine.submit(Add(request))
+        self._engine.submit(Add(request, stop_after))
 
     def _decline(self, assignment: Assignment) -> None:
         request = assignment.request

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
@@ -42,10 +43,12 @@ def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad 
     digest = model_folder.digest(folder)
     drafter = load_drafter(folder, settings) if settings.speculation == "draft" else None
     runner = make_runner(folder, settings, load, 0 if drafter is None else drafter.block_bytes)
+    loaded_at = time.monotonic()
     warm_up(runner, settings.max_num_batched_tokens)
     if drafter is not None:
         drafter.resize(runner.num_blocks)
         warm_up(drafter, settings.max_num_batched_tokens)
+    load.warm_up_s = time.monotonic() - loaded_at
     overlaps = runner.device.type == "cuda"
     sampler = runner.make_sampler()
     return Engine(

@@ -20,6 +20,12 @@ def fill(pool: BlockPool, *numbers: int) -> list[int]:
     return blocks
 
 
+@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2)])
+def test_blocks_are_rounded_up(tokens: int, blocks: int) -> None:
+    assert BlockPool(4).blocks_for(tokens) == blocks
+    assert BlockPool(4, block_size=512).blocks_for(32 * tokens) == blocks
+
+
 def test_freed_full_blocks_are_found_again_by_their_hashes() -> None:
     pool = BlockPool(4)
     blocks = fill(pool, 1, 2)

@@ -13,7 +13,7 @@ from weft.errors import InvalidRequest
 from weft.hashing import block_hashes, chain_root
 from weft.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, SamplingParams
 from worker_svc.engine import Engine, Rate
-from worker_svc.engine_io import Add, BlocksLoaded, BlocksOffloaded, Drop, LoadWanted, StepOutput
+from worker_svc.engine_io import Add, BlocksLoaded, BlocksOffloaded, Drop, LoadWanted, Progress, StepOutput
 from worker_svc.torch_engine import TorchEngine
 
 EOS = 2
@@ -94,6 +94,30 @@ def test_preempted_sequences_keep_their_tokens() -> None:
     assert engine.load.num_preemptions > 0
     for i, prompt in enumerate(prompts):
         assert record.tokens(f"r{i}", i) == runner.greedy(prompt, 60)
+
+
+def told(record: Record, kind: str) -> list[Progress]:
+    return [progress for output in record.outputs for progress in output.progress if progress.kind == kind]
+
+
+def test_prompt_in_many_chunks_is_told_of_at_every_eighth_and_at_its_end() -> None:
+    engine, _ = make_engine(max_num_batched_tokens=8)
+    record = run(engine, [add(prompt_of(137))])
+    assert [(p.num_chunks, p.num_computed_tokens) for p in told(record, "prefill")] == [(8, 64), (16, 128), (18, 137)]
+
+
+def test_prompt_in_one_chunk_and_decodes_are_not_told_of() -> None:
+    engine, _ = make_engine()
+    assert told(run(engine, [add(prompt_of(60))]), "prefill") == []
+
+
+def test_preempted_request_is_told_of_with_the_tokens_it_lost() -> None:
+    engine, _ = make_engine(TokenRunner(num_blocks=9))
+    prompts = [prompt_of(14, seed=i) for i in range(4)]
+    record = run(engine, [add(p, f"r{i}", slots=[i], sampling=greedy(60)) for i, p in enumerate(prompts)])
+    preempted = told(record, "preempted")
+    assert len(preempted) == engine.load.num_preemptions
+    assert all(progress.num_computed_tokens >= 14 for progress in preempted)
 
 
 def test_second_request_reuses_the_blocks_of_the_first() -> None:

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from tests.support.engine_requests import make_folder, make_request, make_settings
-from weft.messages import FINISH_ERROR, FINISH_LENGTH, SamplingParams
+from weft.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_NONE, FINISH_YIELD, SamplingParams
 from worker_svc.engine_io import Add, Drop, StepOutput
 from worker_svc.null_engine import DEFAULT_MAX_TOKENS, MAX_ROW_TOKENS, NullCore, NullEngine
 
@@ -102,6 +102,26 @@ def test_stream_ends_at_max_tokens(max_tokens: int | None, expected: int) -> Non
 def test_prompt_that_fills_the_context_fails_alone() -> None:
     outputs = run(core(), Add(make_request([1] * 512, sampling=sampling())))
     assert outputs[0].rows[0].finish == FINISH_ERROR and outputs[0].rows[0].error is not None
+
+
+@pytest.mark.parametrize("emitted", [0, 1, 7])
+@pytest.mark.parametrize("stop_after", [1, 5, 12])
+def test_stream_is_handed_back_after_exactly_so_many_new_tokens(stop_after: int, emitted: int) -> None:
+    whole = tokens(run(core(), Add(make_request([1], sampling=sampling(20)))))
+    engine = core(null_tokens_per_s=1000.0)
+    outputs = run(engine, Add(make_request([1], sampling=sampling(20), emitted=[whole[:emitted]], epoch=1), stop_after))
+    assert tokens(outputs) == whole[emitted : emitted + stop_after]
+    finishes = [row.finish for output in outputs for row in output.rows]
+    assert finishes[-1] == FINISH_YIELD and set(finishes[:-1]) <= {FINISH_NONE}
+    assert outputs[-1].ended == (("r0", 1),)
+    assert engine.load.is_idle and engine.load.num_free_blocks == engine.load.num_blocks
+
+
+def test_stream_that_is_at_its_end_is_not_handed_back() -> None:
+    outputs = run(core(), Add(make_request([1], sampling=sampling(8), emitted=[(), [3] * 4]), 4))
+    rows = [row for output in outputs for row in output.rows if row.finish]
+    assert {row.slot: row.finish for row in rows} == {0: FINISH_YIELD, 1: FINISH_LENGTH}
+    assert [len(tokens(outputs, slot)) for slot in (0, 1)] == [4, 4]
 
 
 def test_logprobs_are_given_when_asked_for() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from weft import model_folder
+from weft.columns import unpack_u32
 from weft.messages import BlockHash
 from weft.settings import ModelSettings
 from worker_svc import reports
 from worker_svc.engine_io import EngineLoad
+from worker_svc.held import HeldRequest
 from worker_svc.reports import Reports
 
 
@@ -36,3 +38,16 @@ def test_schedulers_that_are_gone_leave_the_books_when_there_are_many() -> None:
         made.accept(f"s{number}", 1, ["s3"])
     status = made.status(folder, "ready", EngineLoad(), num_sequences=0, max_num_seqs=8)
     assert status.accepted == {"s3": 1, f"s{reports.MAX_SCHEDULERS}": 1}
+
+
+def test_ended_choices_are_told_with_their_tenant_and_lengths() -> None:
+    ann, bob = (HeldRequest(f"r-{name}", 1, "g1", {0}, {}, name, prompt) for name, prompt in (("ann", 7), ("bob", 9)))
+    ended = Reports("w1", 7).ended("m", [(ann, 30), (ann, 0), (bob, 5)])
+    assert (ended.worker, ended.model) == ("w1", "m")
+    assert ended.request_ids == ["r-ann", "r-ann", "r-bob"] and ended.tenants == ["ann", "ann", "bob"]
+    assert unpack_u32(ended.num_prompt_tokens) == [7, 7, 9] and unpack_u32(ended.num_output_tokens) == [30, 0, 5]
+
+
+def test_status_says_what_the_worker_is_for() -> None:
+    folder = model_folder.read(ModelSettings(model="tales-1m"))
+    assert Reports("w1", 7, "decode").status(folder, "ready", EngineLoad(), 0, 8).role == "decode"

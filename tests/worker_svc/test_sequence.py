@@ -3,7 +3,6 @@ import pytest
 from tests.support.engine_requests import make_sequence
 from weft.columns import pack_u32
 from weft.hashing import BLOCK_SIZE, block_hashes, chain_root
-from worker_svc.sequence import blocks_for
 
 ROOT = chain_root(b"digest")
 
@@ -33,8 +32,3 @@ def test_release_gives_blocks_up_and_keeps_tokens() -> None:
     sequence.block_table, sequence.num_computed_tokens, sequence.num_committed_blocks = [7, 3], 3, 1
     assert sequence.release() == [7, 3]
     assert (sequence.block_table, sequence.num_uncomputed_tokens, sequence.num_committed_blocks) == ([], 3, 0)
-
-
-@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2)])
-def test_blocks_are_rounded_up(tokens: int, blocks: int) -> None:
-    assert blocks_for(tokens) == blocks

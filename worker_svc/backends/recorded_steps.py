@@ -116,6 +116,11 @@ def _tensor(values: array[int]) -> torch.Tensor:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which operations of torch compute something."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is compiled by torch, and it would import its compiler to say so: 2 s of a worker's start.
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.others: set[str] = set()
