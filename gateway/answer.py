@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from gateway.assembler import Delta, TokenLogprob
 from gateway.openai import Call
+from gateway.quota import Reservation
 from gateway.responses import ChunkWriter, Finished, Usage
 from gateway.streams import Request, Stream
 from weft.errors import WeftError
@@ -33,6 +34,7 @@ class Answer:
         self.created = created
         self.requests: list[Request] = []
         self.error: WeftError | None = None
+        self.reservation: Reservation | None = None  # of its tenant's quota
         # Done with the first delta, or with the end if that comes first; never raises.
         self.first: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,7 @@ from weft.messages import (
     TokenPrompt,
 )
 from weft.settings import GatewaySettings
+from weft.tenants import Tenants
 
 log = logging.getLogger(__name__)
 M = TypeVar("M")
@@ -47,15 +49,27 @@ class Ring(Protocol):
     model_table: ModelTable
     metrics: Metrics
     registry: CollectorRegistry
+    tenants: Tenants
 
     async def ask(self, model: str, query: TokenizeQuery | DetokenizeQuery, expected: type[M]) -> M:
         """Ask a tokenizer of this model. Raises what it answers, Unavailable or DeadlineExceeded."""
 
     def submit(self, answer: Answer, tenant: str) -> None:
-        """Send the call's prompts into the ring. Raises Overloaded when too many are held, Unavailable on drain."""
+        """Send the call's prompts into the ring.
+
+        Raises:
+            Overloaded: too many are held, or the tenant has used up its quota.
+            Unavailable: this gateway drains.
+        """
 
     def release(self, answer: Answer) -> None:
         """Nobody reads this answer any more."""
+
+    def quota_headers(self, tenant: str) -> dict[str, str]:
+        """What is left of the tenant's quota; empty if it has none."""
+
+    def explain(self, asked: str, tenant: str) -> dict[str, object]:
+        """The time line of a call of this tenant, by an id of it. Raises NotFound."""
 
     def missing_roles(self) -> list[str]:
         """Roles without which no request can be served."""
@@ -79,6 +93,7 @@ class Routes:
                 web.post("/v1/completions", self._completions),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{model:.+}", self._model),
+                web.get("/v1/requests/{id}/explain", self._explain),
                 web.post("/tokenize", self._tokenize),
                 web.post("/detokenize", self._detokenize),
                 web.get("/health", self._health),
@@ -99,6 +114,10 @@ class Routes:
             response = await handler(request)
         except WeftError as error:
             response = _error_response(error)
+            if isinstance(error, Overloaded):
+                response.headers.update(self._ring.quota_headers(request["tenant"]))
+            if "response_id" in request:
+                response.headers["X-Request-Id"] = request["response_id"]
         except web.HTTPRequestEntityTooLarge:
             response = _error_response(
                 PayloadTooLarge(f"the body is larger than {self._settings.max_body_size} bytes"), close=True
@@ -132,6 +151,8 @@ class Routes:
         if call.echo:
             answer.echo(self._prompt_texts(call))
         self._ring.submit(answer, request["tenant"])
+        # An error has no body with an id that `explain` could be asked for.
+        request["response_id"] = answer.response_id
         try:
             await answer.first
             if answer.error is not None and not self._has_begun(answer):
@@ -142,9 +163,12 @@ class Routes:
             if answer.error is not None:
                 raise answer.error
             body = responses.whole(call, answer.response_id, answer.created, answer.finished(), answer.usage())
-            return web.Response(body=body, content_type=_JSON, headers={"X-Request-Id": answer.response_id})
+            return web.Response(body=body, content_type=_JSON, headers=self._headers(request, answer))
         finally:
             self._ring.release(answer)
+
+    def _headers(self, request: web.Request, answer: Answer) -> dict[str, str]:
+        return {"X-Request-Id": answer.response_id, **self._ring.quota_headers(request["tenant"])}
 
     @staticmethod
     def _has_begun(answer: Answer) -> bool:
@@ -157,7 +181,7 @@ class Routes:
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no",
-                "X-Request-Id": answer.response_id,
+                **self._headers(request, answer),
             }
         )
         chunked = request.version >= HttpVersion11
@@ -217,6 +241,9 @@ class Routes:
         card = self._ring.model_table.get(request.match_info["model"]).card
         return web.Response(body=responses.model_body(card), content_type=_JSON)
 
+    async def _explain(self, request: web.Request) -> web.Response:
+        return _json_response(self._ring.explain(request.match_info["id"], request["tenant"]))
+
     async def _tokenize(self, request: web.Request) -> web.Response:
         model, prompt = openai.parse_tokenize(await self._body(request), now=time.time())
         self._ring.model_table.get(model)
@@ -263,7 +290,8 @@ class Routes:
 
     async def _parsed(self, request: web.Request, parse: Parser) -> openai.Call:
         body = await self._body(request)
-        read = functools.partial(parse, body, now=time.time(), defaults=self._defaults)
+        tenant = self._ring.tenants.of(request["tenant"])
+        read = functools.partial(parse, body, now=time.time(), defaults=self._defaults, tenant=tenant)
         # A million token ids take 0.2 s, for which no stream should wait.
         return await asyncio.to_thread(read) if len(body) > LARGE_BODY_BYTES else read()
 
@@ -287,4 +315,5 @@ def _error_response(error: WeftError, *, status: int | None = None, close: bool 
 def _retry(error: WeftError) -> dict[str, str]:
     if error.retry_after_s is None and not isinstance(error, Overloaded | Unavailable):
         return {}
-    return {"Retry-After": str(max(1, round(error.retry_after_s or 1.0)))}
+    # Rounded up: whoever comes back to the second should not be too early.
+    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s or 1.0)))}

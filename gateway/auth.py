@@ -5,11 +5,11 @@ from __future__ import annotations
 import hmac
 import re
 from hashlib import sha256
-from pathlib import Path
 
 from weft.errors import SettingsError, Unauthorized
+from weft.tenants import NAME, read_lines
 
-_LINE = re.compile(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})")
+_LINE = re.compile(rf"({NAME}):([0-9a-f]{{64}})")
 
 
 class ApiKeys:
@@ -28,15 +28,8 @@ class ApiKeys:
         """
         if not path:
             return cls(None)
-        try:
-            lines = Path(path).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"api_keys_file: {path} cannot be read: {error}") from error
         hashes: dict[str, str] = {}
-        for number, line in enumerate(lines, 1):
-            text = line.strip()
-            if not text or text.startswith("#"):
-                continue
+        for number, text in read_lines("api_keys_file", path):
             match = _LINE.fullmatch(text)
             if match is None:
                 raise SettingsError(f"api_keys_file: {path}, line {number} is not `tenant:sha256 of the key`")

@@ -16,9 +16,11 @@ import msgspec
 
 from gateway.fields import Accepted, Fields, decode_object, invalid, is_number
 from gateway.prompts import check_token_ids, pack_token_ids, read_messages, read_prompts
+from gateway.tier import read_priority, read_slo_class
 from weft import limits
 from weft.errors import InvalidRequest, NotFound, WeftError
 from weft.messages import ChatPrompt, Prompt, SamplingParams, TextPrompt
+from weft.tenants import UNBOUNDED, Tenant
 
 Defaults: TypeAlias = Callable[[str], SamplingParams]
 
@@ -42,10 +44,13 @@ class Call:
     echo: bool
     # None = no logprobs in the answer; 0 = of the sampled token only.
     top_logprobs: int | None
+    priority: int = 0  # lower is earlier, where schedulers order by it
+    slo_class: str = ""  # "flex", "priority", or the default
+    service_tier: str | None = None  # as served, which a call hears only if it gave one
 
 
-def parse_chat(body: bytes, *, now: float, defaults: Defaults) -> Call:
-    """Read the body of /v1/chat/completions; `defaults` gives a model's sampling parameters.
+def parse_chat(body: bytes, *, now: float, defaults: Defaults, tenant: Tenant = UNBOUNDED) -> Call:
+    """Read the body of /v1/chat/completions, which `tenant` sent; `defaults` gives a model's sampling parameters.
 
     Raises:
         InvalidRequest: `param` names the field at fault.
@@ -69,12 +74,13 @@ def parse_chat(body: bytes, *, now: float, defaults: Defaults) -> Call:
         top_logprobs=top_logprobs,
         echo=False,
         max_tokens=_max_tokens(fields, base.max_tokens),
+        tenant=tenant,
     )
     fields.refuse_rest(_NEUTRAL_IN_CHAT)
     return call
 
 
-def parse_completion(body: bytes, *, now: float, defaults: Defaults) -> Call:
+def parse_completion(body: bytes, *, now: float, defaults: Defaults, tenant: Tenant = UNBOUNDED) -> Call:
     """Read the body of /v1/completions. Raises as `parse_chat` does."""
     fields = Fields(decode_object(body))
     model, base = _model(fields, defaults)
@@ -92,6 +98,7 @@ def parse_completion(body: bytes, *, now: float, defaults: Defaults) -> Call:
         top_logprobs=top_logprobs,
         echo=echo,
         max_tokens=_max_tokens(fields, base.max_tokens or COMPLETION_MAX_TOKENS),
+        tenant=tenant,
     )
     fields.refuse_rest(_NEUTRAL_IN_COMPLETIONS)
     return call
@@ -161,6 +168,7 @@ def _call(
     top_logprobs: int | None,
     echo: bool,
     max_tokens: int | None,
+    tenant: Tenant,
 ) -> Call:
     """Read the fields that both routes have."""
     n = fields.integer("n", 1, limits.MAX_CHOICES) or 1
@@ -175,6 +183,7 @@ def _call(
     fields.string("user", limits.MAX_NAME_CHARS)
     seed = fields.integer("seed", -(2**63), 2**64 - 1)
     stream = bool(fields.boolean("stream"))
+    slo_class, service_tier = read_slo_class(fields, tenant)
     return Call(
         is_chat=is_chat,
         model=model,
@@ -187,6 +196,9 @@ def _call(
         include_usage=_include_usage(fields, stream),
         echo=echo,
         top_logprobs=top_logprobs,
+        priority=read_priority(fields, tenant, slo_class),
+        slo_class=slo_class,
+        service_tier=service_tier,
     )
 
 
@@ -304,7 +316,6 @@ _NEUTRAL: Final[dict[str, Accepted]] = {
     "metadata": dict,
     "prompt_cache_key": str,
     "safety_identifier": str,
-    "service_tier": ("auto", "default"),
     "store": (False,),
     # vLLM
     "add_special_tokens": (True,),
@@ -318,7 +329,6 @@ _NEUTRAL: Final[dict[str, Accepted]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
-    "priority": (0,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),

@@ -130,7 +130,9 @@ def model_body(card: ModelCard) -> bytes:
 
 
 def _head(call: Call, response_id: str, created: int, kind: str) -> dict[str, Any]:
-    return {"id": response_id, "object": kind, "created": created, "model": call.model, "system_fingerprint": None}
+    head = {"id": response_id, "object": kind, "created": created, "model": call.model, "system_fingerprint": None}
+    # OpenAI has it in chats only, and only for those who gave one.
+    return head | {"service_tier": call.service_tier} if call.is_chat and call.service_tier else head
 
 
 def _choice(call: Call, index: int, choice: Finished) -> dict[str, Any]:

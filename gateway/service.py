@@ -17,19 +17,23 @@ from gateway.answer import Answer
 from gateway.app import Routes
 from gateway.assembler import Assembler
 from gateway.auth import ApiKeys
+from gateway.explain import Book
 from gateway.metrics import Metrics
 from gateway.models import ModelTable
+from gateway.quota import Quotas
 from gateway.streams import Patience, Request, RequestTable
 from weft import subjects
 from weft.errors import Overloaded, SettingsError, Unavailable, WeftError
 from weft.messages import (
     Cancel,
     Claims,
+    Decisions,
     DetokenizeQuery,
     GenerateRequest,
     Heartbeat,
     KvEvents,
     Role,
+    ScaleAdvice,
     StreamEvent,
     TokenFrame,
     TokenizeQuery,
@@ -39,6 +43,7 @@ from weft.service import Context
 from weft.settings import GatewaySettings
 from weft.subjects import Returned
 from weft.telemetry import totals
+from weft.tenants import Tenants
 
 log = logging.getLogger(__name__)
 M = TypeVar("M")
@@ -48,6 +53,8 @@ QUERY_TIMEOUT_S: Final = 10.0
 SHUTDOWN_S: Final = 0.5
 # A loop that turns less often than this is stuck, not busy.
 LIVE_S: Final = 10.0
+# Who has been advised to start workers this lately does so for the next request.
+ADVISED_S: Final = 3.0
 _NEEDED: Final[tuple[Role, ...]] = ("tokenizer", "scheduler", "worker")
 
 
@@ -62,6 +69,9 @@ class GatewayService:
         self.table = RequestTable(
             context.instance, Patience(settings.wait_for_role_s, settings.stall_s), self._send, random.random
         )
+        self.tenants = Tenants.read(settings.tenants_file)
+        self._quotas = Quotas(self.tenants)
+        self._explained = Book(settings.explained_requests)
         self._settings = settings
         self._context = context
         self._roster = Roster()
@@ -69,14 +79,17 @@ class GatewayService:
         self._runner: web.AppRunner | None = None
         self._idle = asyncio.Event()
         self._is_draining = False
+        self._advised_at = float("-inf")
         self._ticked_at = time.monotonic()
 
     # ---- weft.service.Service
 
     async def start(self) -> None:
         bus, instance = self.bus, self._context.instance
-        await bus.on(subjects.gateway_all(instance), TokenFrame | StreamEvent | Claims, self._on_message)  # type: ignore[arg-type]  # a union
+        heard = TokenFrame | StreamEvent | Decisions | Claims
+        await bus.on(subjects.gateway_all(instance), heard, self._on_message)  # type: ignore[arg-type]  # a union
         await bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_heartbeat)
+        await bus.on(subjects.SCALE_ALL, ScaleAdvice, self._on_advice)
         await bus.on_returned(self._on_returned)
         bus.on_reconnect.append(self._on_reconnect)
         self._context.spawn(self._tick(), "tick")
@@ -137,7 +150,8 @@ class GatewayService:
             raise Unavailable("this gateway is shutting down", retry_after_s=1.0)
         if len(self.table) + len(call.prompts) > self._settings.max_inflight:
             raise Overloaded(f"more than {self._settings.max_inflight} requests at once", retry_after_s=1.0)
-        vocabulary = self.model_table.get(call.model).vocabulary
+        model = self.model_table.get(call.model)
+        answer.reservation = self._quotas.reserve(tenant, call, model.card.max_model_len, time.monotonic())
         for number, prompt in enumerate(call.prompts):
             message = GenerateRequest(
                 request_id=uuid.uuid4().hex,
@@ -148,6 +162,9 @@ class GatewayService:
                 sampling=call.sampling,
                 choices=[],
                 cache_salt=tenant,
+                tenant=tenant,
+                priority=call.priority,
+                slo_class=call.slo_class,
                 stamps={"gateway": time.time()},
             )
             assemblers = [
@@ -155,7 +172,7 @@ class GatewayService:
                     number * call.n + i,
                     (call.seed + i) % 2**64 if call.seed is not None else secrets.randbits(64),
                     Assembler(
-                        vocabulary,
+                        model.vocabulary,
                         stop=call.stop,
                         min_tokens=call.sampling.min_tokens,
                         logprobs=call.top_logprobs is not None,
@@ -164,17 +181,33 @@ class GatewayService:
                 for i in range(call.n)
             ]
             answer.requests.append(self.table.add(message, answer, assemblers, time.monotonic()))
+        histories = [request.history for request in answer.requests]
+        self._explained.open(answer.response_id, tenant, call.model, histories)
 
     def release(self, answer: Answer) -> None:
         now = time.monotonic()
+        if answer.reservation is not None:
+            usage = answer.usage()
+            answer.reservation.settle(usage.prompt_tokens + usage.completion_tokens, now)
         for request in answer.requests:
             self.table.drop(request)
             self._observe(answer, request, now)
+        self._explained.close(answer.response_id, now, answer.error)
         if not len(self.table):
             self._idle.set()
 
+    def quota_headers(self, tenant: str) -> dict[str, str]:
+        return self._quotas.headers(tenant, time.monotonic())
+
+    def explain(self, asked: str, tenant: str) -> dict[str, object]:
+        return self._explained.explain(asked, tenant)
+
     def missing_roles(self) -> list[str]:
-        return self._absent_roles() or ([] if self.model_table.cards() else ["model"])
+        absent = self._absent_roles()
+        if time.monotonic() - self._advised_at < ADVISED_S:
+            # None is needed before there is a request.
+            absent = [role for role in absent if role != "worker"]
+        return absent or ([] if self.model_table.cards() else ["model"])
 
     # ---- the bus
 
@@ -197,11 +230,13 @@ class GatewayService:
                     self.table.on_returned, message.request_id, message.epoch, _as_returned(error), time.monotonic()
                 )
 
-    def _on_message(self, message: TokenFrame | StreamEvent | Claims) -> None:
+    def _on_message(self, message: TokenFrame | StreamEvent | Decisions | Claims) -> None:
         now = time.monotonic()
         match message:
             case TokenFrame():
                 self.table.on_frame(message, now)
+            case Decisions():
+                self._explained.on_decisions(message, now)
             case StreamEvent():
                 self.table.on_event(message, now)
             case Claims():
@@ -212,6 +247,10 @@ class GatewayService:
 
     def _on_heartbeat(self, beat: Heartbeat) -> None:
         self._follow(self._roster.apply(beat, time.monotonic()))
+
+    def _on_advice(self, advice: ScaleAdvice) -> None:
+        if advice.target is not None:
+            self._advised_at = time.monotonic()
 
     def _follow(self, changes: list[Change]) -> None:
         now = time.monotonic()

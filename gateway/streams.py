@@ -25,6 +25,7 @@ from typing import Final, Protocol
 from msgspec import structs
 
 from gateway.assembler import Assembler, Delta, RawLogprob
+from gateway.explain import History
 from weft.columns import pack_u32, unpack_f32, unpack_u32
 from weft.errors import DeadlineExceeded, Unavailable, WeftError, WorkerLost
 from weft.messages import (
@@ -33,6 +34,7 @@ from weft.messages import (
     FINISH_ABORT,
     FINISH_ERROR,
     FINISH_NONE,
+    FINISH_YIELD,
     Cancel,
     Choice,
     Claims,
@@ -74,6 +76,7 @@ class Stream:
     seed: int
     assembler: Assembler
     request: Request
+    has_yielded: bool = False  # in this epoch
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +85,7 @@ class Request:
 
     message: GenerateRequest  # as of the present epoch, but for `choices`
     owner: Owner
+    history: History
     streams: list[Stream] = field(default_factory=list)
     arrived_at: float = 0.0
     holder: tuple[Role, str] | None = None
@@ -105,6 +109,10 @@ class Request:
     def epoch(self) -> int:
         return self.message.epoch
 
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(stream.assembler.num_counted for stream in self.streams)
+
     def unfinished(self) -> list[Stream]:
         return [stream for stream in self.streams if stream.assembler.finish_reason is None]
 
@@ -115,6 +123,7 @@ class TableStats:
 
     submitted: int = 0
     recovered: int = 0
+    yielded: int = 0  # went on elsewhere as a policy wanted
     stale_rows: int = 0
     repeated_tokens: int = 0
     missing_tokens: int = 0
@@ -166,7 +175,7 @@ class RequestTable:
         self, message: GenerateRequest, owner: Owner, assemblers: Iterable[tuple[int, int, Assembler]], now: float
     ) -> Request:
         """Take in a request and submit it. `assemblers` are (choice index, seed, assembler) of its streams."""
-        request = Request(message, owner, arrived_at=now)
+        request = Request(message, owner, History(message.request_id, now), arrived_at=now)
         for index, seed, assembler in assemblers:
             stream = Stream(self._next_slot, index, seed, assembler, request)
             self._next_slot = (self._next_slot + 1) % 2**32
@@ -214,15 +223,19 @@ class RequestTable:
             known = len(stream.assembler.token_ids) - first_index
             if known < 0:
                 self.stats.missing_tokens -= known
-                self._recover(request, now)
+                self._recover(request, now, why=f"a token of {frame.worker} is missing")
             elif finish == FINISH_ERROR:
                 self._fail(request, frame.errors[row].to_error() if row in frame.errors else WeftError("failed"))
             elif finish == FINISH_ABORT:
-                self._recover(request, now)
+                self._recover(request, now, why=f"{frame.worker} let it go")
             else:
                 self.stats.repeated_tokens += min(known, count)
                 entry = logprobs.get(row)
-                self._deliver(stream, tokens[known:], finish, _raw_logprobs(entry)[known:] if entry else (), now)
+                shown = FINISH_NONE if finish == FINISH_YIELD else finish
+                self._deliver(stream, tokens[known:], shown, _raw_logprobs(entry)[known:] if entry else (), now)
+                stream.has_yielded |= finish == FINISH_YIELD
+                if finish or stream.assembler.finish_reason is not None:
+                    self._go_on(request, now)
 
     def on_event(self, event: StreamEvent, now: float) -> None:
         """Take in what a role says of a request."""
@@ -231,6 +244,7 @@ class RequestTable:
             self.stats.stale_rows += 1
             return
         error = event.error.to_error() if event.error else Unavailable(f"{event.role} {event.instance} let it go")
+        request.history.on_news(event, now)
         match event.kind:
             case "queued" | "started":
                 request.holder = (event.role, event.instance)
@@ -283,7 +297,8 @@ class RequestTable:
             # One that was on its way counts too: it may have ended the worker before anybody could claim it.
             if role == "worker":
                 self._count_death(request)
-            self._recover(request, now, delay_s=number // RECOVERIES_AT_ONCE * RECOVERY_PAUSE_S)
+            delay_s = number // RECOVERIES_AT_ONCE * RECOVERY_PAUSE_S
+            self._recover(request, now, delay_s=delay_s, why=f"{role} {instance} is gone")
         self._next_sequence = {key: value for key, value in self._next_sequence.items() if key[0] != instance}
 
     def on_joined(self, now: float) -> None:
@@ -303,19 +318,26 @@ class RequestTable:
         `missing` names roles that are not there: a scheduler may hold requests for as long as it likes, but not for
         a worker that does not come.
         """
-        self._incomplete_since = (self._incomplete_since or now) if missing else None
-        has_waited = missing and now - (self._incomplete_since or now) > self._patience.wait_for_role_s
+        if not missing:
+            self._incomplete_since = None
+        elif self._incomplete_since is None:
+            self._incomplete_since = now
         for request in list(self._requests.values()):
-            if has_waited and (request.holder is None or request.holder[0] != "worker"):
+            if self._has_waited(request, now) and (request.holder is None or request.holder[0] != "worker"):
                 self._fail(request, Unavailable(f"no {missing} is there", retry_after_s=1.0))
             elif request.submit_at is not None:
                 if now >= request.submit_at:
                     self._submit(request, now)
             elif now > request.leased_until:
                 self.stats.expired_leases += 1
-                self._recover(request, now)
+                self._recover(request, now, why=f"nobody has claimed it for {CLAIM_LEASE_S:g} s")
             elif self._has_stalled(request, now):
                 self._fail(request, DeadlineExceeded(f"no token for {self._patience.stall_s:g} s"))
+
+    def _has_waited(self, request: Request, now: float) -> bool:
+        """Whether a role has been missing for too long, counted from the request: it may be what workers start for."""
+        since = self._incomplete_since
+        return since is not None and now - max(since, request.arrived_at) > self._patience.wait_for_role_s
 
     def _has_stalled(self, request: Request, now: float) -> bool:
         since = request.recovering_since
@@ -330,15 +352,29 @@ class RequestTable:
             request.stuck_since, request.recovering_since, request.retries = None, None, 0
             if request.first_token_at is None:
                 request.first_token_at = now
+                instance = request.holder[1] if request.holder else ""
+                request.history.note("first_token", now, request.epoch, instance=instance)
         elif finish == FINISH_NONE:
             return
         delta = stream.assembler.push(token_ids, finish, logprobs)
         if delta is not None:
             request.owner.on_delta(stream, delta)
         if stream.assembler.finish_reason is not None:
-            self._end_stream(stream, told=finish != FINISH_NONE)
+            self._end_stream(stream, now, told=finish != FINISH_NONE)
 
-    def _end_stream(self, stream: Stream, told: bool) -> None:
+    def _go_on(self, request: Request, now: float) -> None:
+        """Once the worker has handed back, as it was told to, all that has not ended: the request goes on elsewhere."""
+        rest = request.unfinished()
+        if not rest or not all(stream.has_yielded for stream in rest):
+            return
+        message = request.message
+        request.history.note("yielded", now, message.epoch, num_output_tokens=request.num_output_tokens)
+        request.message = structs.replace(message, epoch=message.epoch + 1, yield_epoch=message.epoch + 1)
+        request.holder = None
+        self.stats.yielded += 1
+        self._submit(request, now)
+
+    def _end_stream(self, stream: Stream, now: float, told: bool) -> None:
         """A choice is complete; `told` if the worker knows. The last one ends the request."""
         request = stream.request
         self._streams.pop(stream.slot, None)
@@ -346,6 +382,7 @@ class RequestTable:
         if not told:
             self._cancel(request, (stream.slot,) if rest else ())
         if not rest and self._forget(request):
+            request.history.note("done", now, request.epoch, num_output_tokens=request.num_output_tokens)
             request.owner.on_ended(request)
 
     @staticmethod
@@ -356,7 +393,9 @@ class RequestTable:
         request.worker_deaths += 1
         request.num_tokens_at_death = num_tokens
 
-    def _recover(self, request: Request, now: float, error: WeftError | None = None, *, delay_s: float = 0.0) -> None:
+    def _recover(
+        self, request: Request, now: float, error: WeftError | None = None, *, delay_s: float = 0.0, why: str = ""
+    ) -> None:
         if request.worker_deaths >= MAX_WORKER_DEATHS:
             self._fail(request, WorkerLost(f"the workers of this request died {request.worker_deaths} times in a row"))
             return
@@ -371,6 +410,7 @@ class RequestTable:
             self._fail(request, error or DeadlineExceeded(f"no token for {self._patience.stall_s:g} s"))
             return
         self.stats.recovered += 1
+        request.history.note("recovered", now, request.epoch, why=why or (error.message if error else ""))
         self._cancel(request, ())
         request.message = structs.replace(request.message, epoch=request.epoch + 1)
         request.holder = None
@@ -386,6 +426,8 @@ class RequestTable:
         choices = [
             Choice(stream.slot, stream.seed, pack_u32(stream.assembler.token_ids)) for stream in request.unfinished()
         ]
+        for stream in request.streams:
+            stream.has_yielded = False
         request.submit_at = None
         request.leased_until = now + CLAIM_LEASE_S
         self.stats.submitted += 1
@@ -393,6 +435,7 @@ class RequestTable:
 
     def _fail(self, request: Request, error: WeftError) -> None:
         if self._forget(request):
+            request.history.failure = error.message
             self._cancel(request, ())
             request.owner.on_failed(request, error)
 

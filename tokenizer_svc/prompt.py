@@ -60,5 +60,9 @@ def to_tokenized(request: GenerateRequest, token_ids: bytes, model_digest: bytes
         sampling=request.sampling,
         choices=request.choices,
         cache_salt=request.cache_salt,
+        tenant=request.tenant,
+        priority=request.priority,
+        slo_class=request.slo_class,
+        yield_epoch=request.yield_epoch,
         stamps={**request.stamps, "tokenizer": now},
     )

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from gateway.openai import Call, error_body, parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from weft import codec, limits
 from weft.columns import unpack_u32
-from weft.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, Unauthorized, WeftError
+from weft.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, QuotaExceeded, Unauthorized, WeftError
 from weft.messages import ChatMessage, ChatPrompt, Choice, GenerateRequest, SamplingParams, TextPrompt, TokenPrompt
+from weft.tenants import UNBOUNDED, Tenant
 
 NOW = 1_700_000_000.0
 USER = {"role": "user", "content": "Hello"}
@@ -27,14 +28,16 @@ def no_defaults(model: str) -> SamplingParams:
     return SamplingParams()
 
 
-def chat(defaults: Callable[[str], SamplingParams] = no_defaults, **fields: Any) -> Call:
+def chat(defaults: Callable[[str], SamplingParams] = no_defaults, tenant: Tenant = UNBOUNDED, **fields: Any) -> Call:
     body = {"model": "tales", "messages": [USER], **fields}
-    return parse_chat(json.dumps(body).encode(), now=NOW, defaults=defaults)
+    return parse_chat(json.dumps(body).encode(), now=NOW, defaults=defaults, tenant=tenant)
 
 
-def completion(defaults: Callable[[str], SamplingParams] = no_defaults, **fields: Any) -> Call:
+def completion(
+    defaults: Callable[[str], SamplingParams] = no_defaults, tenant: Tenant = UNBOUNDED, **fields: Any
+) -> Call:
     body = {"model": "tales", "prompt": "Once", **fields}
-    return parse_completion(json.dumps(body).encode(), now=NOW, defaults=defaults)
+    return parse_completion(json.dumps(body).encode(), now=NOW, defaults=defaults, tenant=tenant)
 
 
 def refusal(parse: Callable[..., object], *args: Any, **fields: Any) -> InvalidRequest:
@@ -182,7 +185,6 @@ NEUTRAL: dict[str, Any] = {
     "parallel_tool_calls": True,
     "prompt_logprobs": None,
     "response_format": {"type": "text"},
-    "service_tier": "auto",
     "store": False,
     "tool_choice": "auto",
     "tools": [],
@@ -194,6 +196,54 @@ NEUTRAL: dict[str, Any] = {
 def test_fields_that_ask_for_nothing_are_accepted() -> None:
     assert chat(**NEUTRAL) == chat()
     assert completion(suffix=None, best_of=1) == completion()
+
+
+# ---- classes and priorities ----
+
+
+@pytest.mark.parametrize(
+    ("asked", "slo_class", "priority", "said"),
+    [
+        ({}, "", 0, None),
+        ({"service_tier": None}, "", 0, None),
+        ({"service_tier": "auto"}, "", 0, "default"),
+        ({"service_tier": "default"}, "", 0, "default"),
+        ({"service_tier": "flex"}, "flex", 10, "flex"),
+        ({"service_tier": "priority"}, "priority", -10, "priority"),
+        ({"service_tier": "fast"}, "priority", -10, "priority"),
+        ({"service_tier": "flex", "priority": 3}, "flex", 3, "flex"),
+        ({"priority": -1000}, "", -1000, None),
+    ],
+)
+def test_a_tier_is_a_class_and_a_priority(asked: Any, slo_class: str, priority: int, said: str | None) -> None:
+    call = chat(**asked)
+    assert (call.slo_class, call.priority, call.service_tier) == (slo_class, priority, said)
+
+
+@pytest.mark.parametrize("tier", [{}, {"service_tier": "auto"}])
+def test_a_tenants_own_class_is_what_auto_means(tier: Any) -> None:
+    tenant = Tenant(slo_class="priority", earliest_priority=-10)
+    call = chat(tenant=tenant, **tier)
+    assert (call.slo_class, call.priority) == ("priority", -10)
+    assert chat(tenant=tenant, service_tier="default").slo_class == ""
+
+
+def test_a_tier_beyond_what_a_tenant_may_have_becomes_its_own_and_the_answer_says_so() -> None:
+    assert chat(tenant=Tenant(), service_tier="priority") == chat(service_tier="default")
+    cheap = chat(tenant=Tenant(slo_class="flex", earliest_priority=10), service_tier="default")
+    assert (cheap.slo_class, cheap.priority, cheap.service_tier) == ("flex", 10, "flex")
+
+
+def test_a_class_does_not_raise_a_priority_above_what_a_tenant_may_have() -> None:
+    call = completion(tenant=Tenant(slo_class="priority", earliest_priority=5), service_tier="priority")
+    assert (call.slo_class, call.priority) == ("priority", 5)
+
+
+def test_a_priority_above_what_a_tenant_may_have_is_refused() -> None:
+    tenant = Tenant(earliest_priority=-5)
+    assert chat(tenant=tenant, priority=-5).priority == -5
+    error = refusal(chat, tenant=tenant, priority=-6)
+    assert error.param == "priority" and "at least -5" in error.message
 
 
 # ---- what is refused ----
@@ -237,7 +287,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("unheard_of", 1, "unheard_of"),
     ("unheard_of", None, "unheard_of"),
     ("response_format", {"type": "json_object"}, "response_format"),
-    ("service_tier", "flex", "service_tier"),
+    *[("service_tier", value, "service_tier") for value in ("scale", "Priority", "", 5)],
+    *[("priority", value, "priority") for value in (-1001, 1001, 1.5, "1", True)],
     ("store", True, "store"),
     ("metadata", [], "metadata"),
     ("guided_json", {}, "guided_json"),
@@ -486,6 +537,7 @@ def parse_anyhow(body: bytes) -> None:
         (PayloadTooLarge("m"), "invalid_request_error", None, "payload_too_large"),
         (Unauthorized("m"), "authentication_error", None, "invalid_api_key"),
         (Overloaded("m"), "rate_limit_error", None, "overloaded"),
+        (QuotaExceeded("m"), "rate_limit_error", None, "rate_limit_exceeded"),
         (WeftError("m"), "server_error", None, "internal_error"),
     ],
 )

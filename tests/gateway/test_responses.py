@@ -218,3 +218,16 @@ def test_models_are_listed_as_openai_lists_them() -> None:
     model = Model.model_validate_json(model_body(card), strict=True)
     assert (model.id, model.object, model.created, model.owned_by) == ("tales", "model", CREATED, "weft")
     assert json.loads(model_body(card))["max_model_len"] == 2048
+
+
+@pytest.mark.parametrize("tier", [None, "default", "flex", "priority"])
+def test_a_chat_says_its_tier_if_it_was_asked_for_one(tier: str | None) -> None:
+    chunk = chat_chunk(make_writer(service_tier=tier).delta(0, Delta("a", None)))
+    body = whole(make_call(service_tier=tier), "id-1", CREATED, [Finished("a", "stop")], Usage(1, 1, 0))
+    assert chunk.service_tier == ChatCompletion.model_validate_json(body).service_tier == tier
+    assert (b"service_tier" in body) == (tier is not None)
+
+
+def test_a_completion_has_no_tier_to_say() -> None:
+    call = make_call(is_chat=False, service_tier="flex")
+    assert b"service_tier" not in whole(call, "id-1", CREATED, [Finished("a", "stop")], Usage(1, 1, 0))

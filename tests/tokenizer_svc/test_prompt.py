@@ -77,12 +77,14 @@ def test_sampling_that_names_an_unknown_token_is_refused(sampling: SamplingParam
 
 def test_everything_of_the_request_is_handed_on() -> None:
     choices = [Choice(7, 1, pack_u32([5])), Choice(8, 2)]
-    request = GenerateRequest("r1", 3, "g1", "m", TEXT, SamplingParams(max_tokens=9), choices, "salt", {"gateway": 1.0})
+    known = {"tenant": "ann", "priority": -3, "slo_class": "flex", "yield_epoch": 2, "stamps": {"gateway": 1.0}}
+    request = GenerateRequest("r1", 3, "g1", "m", TEXT, SamplingParams(max_tokens=9), choices, "salt", **known)
     tokens = pack_u32(range(40))
     done = to_tokenized(request, tokens, b"digest", 2.0)
     assert (done.request_id, done.epoch, done.gateway, done.model) == ("r1", 3, "g1", "m")
     assert (done.sampling, done.choices) == (request.sampling, choices)
     assert done.cache_salt == "salt"
+    assert (done.tenant, done.priority, done.slo_class, done.yield_epoch) == ("ann", -3, "flex", 2)
     assert done.stamps == {"gateway": 1.0, "tokenizer": 2.0}
     assert done.prompt_token_ids == tokens
     assert done.block_hashes == b"".join(block_hashes(chain_root(b"digest", "salt"), tokens))
