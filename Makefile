@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install up test lint format bench clean
+.PHONY: install up test lint format bench reproduce clean
 
 install: .venv/installed
 
@@ -30,6 +30,9 @@ format: install
 
 bench: install
 	$(BIN)/python -m lab.mesh
+
+reproduce: install
+	$(BIN)/python -m lab.reproduce
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info

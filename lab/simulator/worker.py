@@ -1,0 +1,342 @@
+"""A worker without a model: the shipping `plan_step` and `BlockPool`, and a formula instead of a forward pass.
+
+Steps in which every sequence gets one token and nothing else can happen are alike but for the length of the contexts,
+so as many as there are until something can are planned as one.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from typing import Final, cast
+
+from lab.simulator.record import Record
+from scheduler_svc.cost_model import CostModel
+from weft.columns import pack_u32, split_hashes
+from weft.hashing import HASH_BYTES
+from weft.messages import (
+    FINISH_LENGTH,
+    FINISH_YIELD,
+    BlockHash,
+    Ended,
+    KvEvents,
+    TokenizedRequest,
+    WorkerRole,
+    WorkerStatus,
+)
+from worker_svc.batch import Limits, StepPlan, commit_blocks, plan_step
+from worker_svc.blocks import BlockPool
+from worker_svc.engine_io import BlocksLoaded, LoadWanted
+from worker_svc.kv_exchange import KvExchange
+from worker_svc.sequence import Request, Sequence, State
+
+SCHEDULER: Final = "s0"
+# How much the last step weighs in the step's seconds that a worker tells, as in an engine.
+STEP_WEIGHT: Final = 0.1
+# How much the last transfer weighs in the rate that a worker knows, as in a worker.
+LOAD_WEIGHT: Final = 0.3
+
+
+@dataclass(slots=True)
+class Run:
+    """Steps that are under way."""
+
+    plan: StepPlan
+    began: float
+    num_steps: int
+    first_s: float  # of the first step
+    growth_s: float  # how much longer each step takes than the one before
+    prefill: dict[Sequence, int]  # sequences that compute more than one token, and how many
+
+    def end_of(self, count: int) -> float:
+        """When `count` steps have been computed."""
+        return self.began + count * self.first_s + self.growth_s * count * (count - 1) / 2
+
+    def num_begun(self, now: float) -> int:
+        """Steps that have begun at `now`, at least one."""
+        least, most = 1, self.num_steps
+        while least < most:
+            middle = (least + most) // 2
+            if self.end_of(middle) <= now:
+                least = middle + 1
+            else:
+                most = middle
+        return least
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run of steps gave."""
+
+    first_at: float  # when its first step ended
+    first_tokens: list[Record] = field(default_factory=list)  # of requests that got theirs in that step
+    ended: list[Record] = field(default_factory=list)
+    yielded: list[Sequence] = field(default_factory=list)
+
+
+class SimWorker:
+    """One replica. Its owner wakes it when a run has ended, and gives it requests at any time."""
+
+    def __init__(
+        self, name: str, cost: CostModel, limits: Limits, *, num_blocks: int, block_size: int, role: WorkerRole = "both"
+    ) -> None:
+        """A worker that shares no KV; `share_kv` makes it one that does."""
+        self.name = name
+        self.cost = cost
+        self.pool = BlockPool(num_blocks, block_size)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.run: Run | None = None
+        self.busy_s = 0.0
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.role = role
+        self.model = ""
+        self._records: dict[Sequence, Record] = {}
+        self._exchange = KvExchange(self.pool, kv_load="auto", kv_offload="never", block_bytes=1)
+        self._reported: tuple[int, ...] = ()
+        self._limits = limits
+        self._num_arrived = 0
+        self._num_accepted = 0
+        self._kv_sequence = 0
+        self._prefill_rate = (0.0, 0.0)
+        self._decode_rate = (0.0, 0.0)
+        self._step_s = 0.0
+
+    @property
+    def num_held(self) -> int:
+        return len(self.waiting) + len(self.running) + self._exchange.num_loading
+
+    # ---- requests ----
+
+    def take(self, request: TokenizedRequest, record: Record, stop_after: int | None) -> LoadWanted | None:
+        """Accept an assignment of one choice. Returns: the blocks that it waits for, if these are to be asked for."""
+        self._num_arrived += 1
+        self._num_accepted += 1
+        (choice,) = request.choices
+        num_tokens = request.num_prompt_tokens + len(choice.emitted) // 4
+        end = request.num_prompt_tokens + record.num_output_tokens
+        yields = stop_after is not None and num_tokens + stop_after < end
+        sequence = Sequence(
+            request=Request(request.request_id, request.gateway, request.epoch),
+            arrival=self._num_arrived,
+            slot=choice.slot,
+            seed=0,
+            sampling=request.sampling,
+            # Only how many there are matters, and a byte each is enough for that.
+            token_ids=cast("list[int]", bytearray(num_tokens)),
+            num_prompt_tokens=request.num_prompt_tokens,
+            end_length=num_tokens + (stop_after or 0) if yields else end,
+            stop_ids=frozenset(),
+            root=None,
+            hashes=[BlockHash(block_hash) for block_hash in split_hashes(request.block_hashes)],
+            end_finish=FINISH_YIELD if yields else FINISH_LENGTH,
+        )
+        self._records[sequence] = record
+        self._extend_hashes(sequence)
+        is_parked, wanted = self._exchange.park(sequence)
+        if not is_parked:
+            self.waiting.append(sequence)
+        return wanted
+
+    def share_kv(self, block_s: float) -> None:
+        """From now on ask for blocks that others computed, if that takes less time than to compute them.
+
+        Args:
+            block_s: seconds that a block takes, as long as none has come.
+        """
+        self._exchange.is_available = True
+        self._exchange.load_bytes_per_s = 1 / block_s
+
+    def take_loaded(self, loaded: BlocksLoaded, seconds: float) -> None:
+        """Put blocks that came into the pool, held by nobody, and let those that waited for them go on.
+
+        Args:
+            seconds: that they were under way.
+        """
+        if loaded.blocks:
+            before = self._exchange.load_bytes_per_s
+            self._exchange.load_bytes_per_s = before + LOAD_WEIGHT * (len(loaded.blocks) / seconds - before)
+        blocks, sequences = self._exchange.take(loaded)
+        held = self.pool.lookup(sequences[0].hashes) if sequences else []
+        self.pool.touch(held)
+        hashes = [block_hash for block_hash, _ in blocks[: self.pool.num_free_blocks]]
+        block_ids = self.pool.allocate(len(hashes))
+        for block_id, block_hash in zip(block_ids, hashes, strict=True):
+            self.pool.commit(block_id, block_hash)
+        self.pool.free(held + block_ids)
+        for sequence in sequences:
+            sequence.state = State.WAITING
+            insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
+            if sequence.request.request_id == loaded.request_id:
+                self._records[sequence].num_fetched_tokens += len(hashes) * self.pool.block_size
+
+    # ---- steps ----
+
+    def begin(self, now: float) -> tuple[float | None, list[Record]]:
+        """Begin the next run of steps. Returns when it ends (None: there is nothing to do), and what can never run."""
+        plan = plan_step(self.waiting, self.running, self.pool, self._limits, now)
+        self.num_preemptions += len(plan.preempted)
+        rejected = [self._records.pop(sequence) for sequence, _ in plan.rejected]
+        for sequence in plan.admitted:
+            record = self._records[sequence]
+            if record.first_token_at is None:
+                record.num_cached_tokens = min(sequence.num_cached_tokens, sequence.num_prompt_tokens)
+        if not plan.num_scheduled_tokens:
+            return None, rejected
+        num_new, num_seen, num_decodes, num_context = 0, 0.0, 0, 0
+        prefill: dict[Sequence, int] = {}
+        for sequence, count in plan.num_scheduled_tokens.items():
+            computed = sequence.num_computed_tokens
+            if count == 1 and sequence.num_uncomputed_tokens == 1:
+                num_decodes += 1
+                num_context += computed + 1
+            else:
+                prefill[sequence] = count
+                num_new += count
+                num_seen += count * (computed + 0.5 * count)
+        first_s = self.cost.step_s(num_new, num_seen, num_decodes, num_context)
+        num_steps = 1 if prefill or plan.preempted else self._num_alike(plan)
+        self.run = Run(plan, now, num_steps, first_s, self.cost.context_s * num_decodes, prefill)
+        return self.run.end_of(num_steps), rejected
+
+    def cut(self, now: float) -> float:
+        """Let the run end with the step that is under way, since something has happened. Returns when that ends."""
+        assert self.run is not None
+        self.run.num_steps = self.run.num_begun(now)
+        return self.run.end_of(self.run.num_steps)
+
+    def finish(self, now: float) -> Outcome:
+        """Take in what the run has computed."""
+        run = self.run
+        assert run is not None
+        self.run = None
+        count, first_at = run.num_steps, run.end_of(1)
+        outcome = Outcome(first_at)
+        gap_s = (now - first_at) / (count - 1) if count > 1 else 0.0
+        seconds = run.end_of(count) - run.began
+        self.busy_s += seconds
+        self.num_steps += count
+        for sequence, num_tokens in run.plan.num_scheduled_tokens.items():
+            is_prefill = sequence in run.prefill
+            sequence.num_computed_tokens += num_tokens if is_prefill else count
+            record = self._records[sequence]
+            if is_prefill:
+                record.prefilled_s += self.cost.prefill_s(
+                    sequence.num_computed_tokens, sequence.num_computed_tokens - num_tokens
+                )
+            self._extend_hashes(sequence)
+            if sequence.num_committed_blocks < len(sequence.hashes):
+                commit_blocks(sequence, self.pool)
+            if sequence.num_computed_tokens < len(sequence.token_ids):
+                continue
+            if record.first_token_at is None:
+                outcome.first_tokens.append(record)
+            elif record.last_token_at:
+                record.gaps.append((first_at - record.last_token_at, 1))
+            if count > 1:
+                record.gaps.append((gap_s, count - 1))
+            record.last_token_at = now
+            sequence.token_ids.extend(bytes(count))
+            if sequence.is_complete:
+                self._end(sequence)
+                if sequence.end_finish == FINISH_YIELD:
+                    outcome.yielded.append(sequence)
+                else:
+                    outcome.ended.append(record)
+        self._rate(run, seconds)
+        return outcome
+
+    def _extend_hashes(self, sequence: Sequence) -> None:
+        """Name the full blocks beyond those that prompts share: nobody else has them."""
+        num_full = sequence.num_known_tokens // self.pool.block_size
+        for number in range(len(sequence.hashes), num_full):
+            sequence.hashes.append(BlockHash(f"{sequence.request.request_id}/{number}".encode().ljust(HASH_BYTES)))
+
+    def _num_alike(self, plan: StepPlan) -> int:
+        """Steps from this one on in which the same sequences get one token each, and nobody else can start."""
+        sequences = plan.num_scheduled_tokens
+        if len(sequences) < len(self.running):
+            return 1
+        size = self.pool.block_size
+        return max(
+            1,
+            min(
+                min(sequence.end_length - len(sequence.token_ids) for sequence in sequences),
+                min(len(sequence.block_table) * size - sequence.num_computed_tokens for sequence in sequences),
+            ),
+        )
+
+    def _end(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.free(sequence.release())
+        sequence.state = State.FINISHED
+        del self._records[sequence]
+
+    def _rate(self, run: Run, seconds: float) -> None:
+        num_prefilled = sum(run.prefill.values())
+        if num_prefilled:
+            amount, spent = self._prefill_rate
+            self._prefill_rate = 0.95 * amount + num_prefilled, 0.95 * spent + seconds
+        else:
+            amount, spent = self._decode_rate
+            tokens = len(run.plan.num_scheduled_tokens) * run.num_steps
+            self._decode_rate = 0.95 * amount + tokens, 0.95 * spent + seconds
+        self._exchange.prefill_tokens_per_s = _ratio(self._prefill_rate)
+        mean = seconds / run.num_steps
+        self._step_s = mean if not self._step_s else (1 - STEP_WEIGHT) * self._step_s + STEP_WEIGHT * mean
+
+    # ---- news ----
+
+    def has_news(self) -> bool:
+        """Whether a scheduler would see another worker than at the last call. Mutates self."""
+        news = self._num_accepted, len(self.running), len(self.waiting), self._exchange.num_loading
+        if news == self._reported:
+            return False
+        self._reported = news
+        return True
+
+    def status(self) -> WorkerStatus:
+        waiting = sum(sequence.num_uncomputed_tokens for sequence in self.waiting)
+        waiting += sum(count for sequence in self.running if (count := sequence.num_uncomputed_tokens) > 1)
+        return WorkerStatus(
+            worker=self.name,
+            worker_epoch=1,
+            model=self.model,
+            state="ready",
+            max_num_seqs=self._limits.max_num_seqs,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting) + self._exchange.num_loading,
+            num_waiting_tokens=waiting,
+            num_blocks=self.pool.num_blocks,
+            num_free_blocks=self.pool.num_free_blocks,
+            accepted={SCHEDULER: self._num_accepted},
+            kv_sequence=self._kv_sequence,
+            prefill_tokens_per_s=_ratio(self._prefill_rate),
+            decode_tokens_per_s=_ratio(self._decode_rate),
+            role=self.role,
+            step_s=self._step_s,
+        )
+
+    def kv_events(self) -> tuple[KvEvents, tuple[BlockHash, ...]] | None:
+        """What changed since the last call, if anything did, and the blocks that came."""
+        stored, removed = self.pool.take_changes()
+        if not stored and not removed:
+            return None
+        self._kv_sequence += 1
+        return KvEvents(self.name, 1, self._kv_sequence, b"".join(stored), b"".join(removed)), stored
+
+    def ended(self, records: list[Record]) -> Ended:
+        return Ended(
+            self.name,
+            self.model,
+            [record.request_id for record in records],
+            [record.tenant for record in records],
+            pack_u32([record.num_prompt_tokens for record in records]),
+            pack_u32([record.num_output_tokens for record in records]),
+        )
+
+
+def _ratio(rate: tuple[float, float]) -> float:
+    amount, seconds = rate
+    return amount / seconds if seconds else 0.0

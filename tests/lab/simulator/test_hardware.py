@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lab.simulator.hardware import HARDWARE, find
+from weft.errors import SettingsError
+
+A100 = HARDWARE["a100"]
+
+
+def test_hardware_is_found_by_name_and_by_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_bytes(msgspec.json.encode(replace(A100, what="mine")))
+    assert find("a100") is A100
+    assert find(str(path)) == replace(A100, what="mine")
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_times_are_of_the_order_that_gpus_have(name: str) -> None:
+    cost = HARDWARE[name].cost
+    assert 0.005 < cost.step_s(0, 0, 1, 1000) < 0.05
+    assert 0.01 < cost.prefill_s(1000) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"{", "makes no sense"),
+        (b'{"what": "x"}', "makes no sense: Object missing required field `cost`"),
+        (msgspec.json.encode(replace(A100, cost=replace(A100.cost, token_s=-1.0))), "token_s is below zero"),
+        (msgspec.json.encode(replace(A100, cost=type(A100.cost)())), "no work takes any time"),
+        (msgspec.json.encode(replace(A100, kv_tokens=0)), "must be at least 1"),
+    ],
+)
+def test_bad_file_is_named(content: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=f"{path}.*{told}"):
+        find(str(path))
+
+
+def test_unknown_name_is_told_what_there_is() -> None:
+    with pytest.raises(SettingsError, match="no hardware 'b900' and no such file; there are a100, h100, a800"):
+        find("b900")
