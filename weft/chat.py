@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
+from urllib.parse import quote
 
 import aiohttp
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Client:
-    """The two calls that a chat needs."""
+    """The calls that a terminal makes."""
 
     def __init__(self, url: str, api_key: str) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -64,6 +65,13 @@ class Client:
                     raise Unavailable(str(event["error"].get("message", event["error"])))
                 for choice in event["choices"]:
                     yield choice["delta"].get("content") or ""
+
+    async def explanation(self, asked: str) -> dict[str, Any]:
+        """What became of a request. Raises WeftError."""
+        url = f"{self.url}/v1/requests/{quote(asked, safe='')}/explain"
+        async with self._session() as session, self._errors(), session.get(url) as response:
+            await _check(response)
+            return dict(await response.json())
 
     def _session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(headers=self._headers, timeout=TIMEOUT)
@@ -95,7 +103,7 @@ async def _check(response: aiohttp.ClientResponse) -> None:
 
 
 def _converse(settings: ChatSettings, runner: asyncio.Runner) -> int:
-    client = Client(settings.url or _url_here(settings), settings.api_key)
+    client = Client(settings.url or url_here(settings.data_path), settings.api_key)
     model = _choose(settings.model, runner.run(client.models()))
     beginning = [{"role": "system", "content": settings.system}] if settings.system else []
     messages = list(beginning)
@@ -168,8 +176,9 @@ def _choose(wanted: str, served: list[str]) -> str:
     return served[0]
 
 
-def _url_here(settings: ChatSettings) -> str:
-    run_file = data_folder.read_run_file(data_folder.at(settings.data_path))
+def url_here(data_path: str) -> str:
+    """Address of the `weft up` that runs on this machine, or the usual one."""
+    run_file = data_folder.read_run_file(data_folder.at(data_path))
     return run_file.url if run_file else DEFAULT_URL
 
 

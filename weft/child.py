@@ -39,6 +39,7 @@ class Child:
     epoch: int | None = None  # of this life, from its heartbeats
     past_epoch: int = 0
     was_ready: bool = False  # in any life
+    is_leaving: bool = False  # told to drain and not to come back
     failures: int = 0  # deaths since it last was stable
     loaded: float = 0.0  # share of the weights that a worker has loaded
     process: Process | None = None

@@ -17,6 +17,11 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "up": ("start the whole mesh on this machine", "weft.up:main"),
     "chat": ("talk to a running mesh in the terminal", "weft.chat:main"),
     "top": ("show every instance and its load", "weft.operate:top"),
+    "policy": ("say or switch the policies that schedule requests", "weft.operate:policy"),
+    "explain": ("show what became of a request, and why", "weft.explain:main"),
+    "sim": ("play recorded traffic through simulated workers", "lab.simulator.__main__:sim"),
+    "size": ("say how many workers recorded traffic needs", "lab.simulator.__main__:size"),
+    "calibrate": ("measure this machine's engine for the simulator", "lab.calibrate:main"),
     "drain": ("let one instance finish its work and end; `weft up` starts it again", "weft.operate:drain"),
 }
 
@@ -52,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def usage() -> str:
-    lines = [f"  weft {name:6} {help}" for name, (help, _) in COMMANDS.items()]
+    lines = [f"  weft {name:7} {help}" for name, (help, _) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: weft COMMAND [OPTIONS]",

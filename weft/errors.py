@@ -7,6 +7,7 @@
     │   └── NotFound         404  no such model or route
     ├── Unauthorized         401  no key, or one that is not known
     ├── Overloaded           429  admission said no; `retry_after_s` says when to come back
+    │   └── QuotaExceeded    429  the tenant has used what it may
     ├── Unavailable          503  a role that the request needs is not there
     ├── DeadlineExceeded     504  a stated deadline passed
     ├── WorkerLost           500  the request took too many workers with it
@@ -69,6 +70,10 @@ class Overloaded(WeftError):
     openai_type = "rate_limit_error"
 
 
+class QuotaExceeded(Overloaded):
+    code = "rate_limit_exceeded"
+
+
 class Unavailable(WeftError):
     code = "unavailable"
     http_status = 503
@@ -104,6 +109,7 @@ _BY_CODE: dict[str, type[WeftError]] = {
         NotFound,
         Unauthorized,
         Overloaded,
+        QuotaExceeded,
         Unavailable,
         DeadlineExceeded,
         WorkerLost,

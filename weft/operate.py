@@ -1,4 +1,4 @@
-"""`weft top` and `weft drain`: what an operator sees of a mesh on its bus, and does to it.
+"""`weft top`, `weft drain` and `weft policy`: what an operator sees of a mesh on its bus, and does to it.
 
 Without `--nats-url` they reach the `weft up` of this machine, which leaves word in its data folder.
 """
@@ -18,7 +18,7 @@ from weft.errors import SettingsError, WeftError
 from weft.exit_status import complain
 from weft.messages import HEARTBEAT_INTERVAL_S, Control, ControlReply, Heartbeat, WorkerStatus
 from weft.roster import Member, Roster
-from weft.settings import MeshSettings, OperatorSettings, load
+from weft.settings import MeshSettings, OperatorSettings, PolicySettings, load
 
 # Everybody has been heard by then.
 LISTEN_S: Final = 2.5 * HEARTBEAT_INTERVAL_S
@@ -50,6 +50,18 @@ def drain(argv: Sequence[str]) -> int:
         raise SettingsError("which instance? `weft top` lists them: weft drain INSTANCE")
     except WeftError as error:
         return complain("weft drain", error)
+
+
+def policy(argv: Sequence[str]) -> int:
+    """`policy [FAMILY=NAME ...]`: switch policies of every scheduler while they run, or only say what they are."""
+    prog = "weft policy [FAMILY=NAME ...]"
+    try:
+        count = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
+        settings = load(PolicySettings, argv[count:], os.environ, prog=prog)
+        asyncio.run(_policy(settings, _read_changes(argv[:count])))
+    except WeftError as error:
+        return complain("weft policy", error)
+    return 0
 
 
 class Observer:
@@ -147,6 +159,37 @@ async def _drain(settings: OperatorSettings, instance: str) -> None:
             observer.changed.clear()
             await observer.changed.wait()
         sys.stdout.write(f"{instance} has drained\n")
+    finally:
+        await observer.bus.close()
+
+
+def _read_changes(arguments: Sequence[str]) -> dict[str, str]:
+    changes: dict[str, str] = {}
+    for argument in arguments:
+        family, sign, name = argument.partition("=")
+        if not (family and sign and name):
+            raise SettingsError(f"{argument!r} is not FAMILY=NAME, as in order=srpt")
+        changes[family] = name
+    return changes
+
+
+async def _policy(settings: PolicySettings, changes: Mapping[str, str]) -> None:
+    observer = Observer(_bus(settings.operator))
+    try:
+        await observer.start()
+        await asyncio.sleep(LISTEN_S)
+        schedulers = [member.instance for member in observer.members() if member.role == "scheduler"]
+        if not schedulers:
+            raise SettingsError("no scheduler is there")
+        for instance in schedulers:
+            reply = await observer.bus.ask(
+                subjects.control("scheduler", instance),
+                Control("policies", dict(changes), settings.model),
+                ControlReply,
+                timeout_s=ANSWER_S,
+            )
+            names = "  ".join(f"{family}={name}" for family, name in reply.policies.items())
+            sys.stdout.write(f"{instance}  {settings.model or 'all models'}  {names}\n")
     finally:
         await observer.bus.close()
 

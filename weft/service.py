@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import uvloop
@@ -25,10 +25,11 @@ from prometheus_client.registry import Collector
 
 from weft import subjects, telemetry
 from weft.bus import Bus
-from weft.errors import SettingsError, Unavailable
+from weft.errors import InvalidRequest, SettingsError, Unavailable
 from weft.exit_status import complain
 from weft.messages import HEARTBEAT_INTERVAL_S, Control, ControlReply, Heartbeat, KvEvents, Role, State
 from weft.settings import MeshSettings, load
+from weft.start_times import StartTimes
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +72,18 @@ class Service(Protocol):
 class Context:
     """What a service may use of its process."""
 
-    def __init__(self, role: Role, mesh: MeshSettings) -> None:
+    def __init__(self, role: Role, mesh: MeshSettings, began: float | None = None) -> None:
+        """`began`: as `StartTimes`."""
         self.role: Role = role
         self.mesh = mesh
         self.instance = mesh.instance or make_instance(role)
         self.epoch = time.time_ns() // 1000
         self.state: State = "starting"
         self.bus = Bus(mesh, role, self.instance)
+        self.start_times = StartTimes(began)
         self.registry = CollectorRegistry()
+        # Set by a role that has policies: switches those of one model, or of all (""), and says what they are then.
+        self.switch_policies: Callable[[Mapping[str, str], str], dict[str, str]] | None = None
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -138,8 +143,10 @@ async def run(context: Context, service: Service) -> None:
     """Run a service until a signal, a `drain` from the bus, or the failure of one of its tasks."""
     _catch_signals(context)
     server = None
+    context.start_times.mark("imports")
     try:
         await context.bus.connect()
+        context.start_times.mark("connect")
         context.bus.on_closed.append(lambda: context.fail(Unavailable("NATS closed the connection for good")))
         context.spawn(_heartbeat(context, service), "heartbeat")
         context.registry.register(_BusCollector(context, service))
@@ -156,7 +163,9 @@ async def run(context: Context, service: Service) -> None:
         await context.bus.flush()
         context.state = "ready"
         context.beat(service.models())
-        log.info("ready", extra={"role": context.role, "instance": context.instance})
+        context.start_times.mark("ready")
+        times = context.start_times.fields()
+        log.info("ready", extra={"role": context.role, "instance": context.instance, **times})
         await context.until_stopped()
         context.check()
         context.state = "draining"
@@ -182,8 +191,12 @@ def main(
     *,
     prog: str,
     argv: Sequence[str] | None = None,
+    began: float | None = None,
 ) -> None:
-    """Entry point of `python -m <service>`. Exits 0 after a drain, 2 on bad settings, 1 on failure."""
+    """Entry point of `python -m <service>`. Exits 0 after a drain, 2 on bad settings, 1 on failure.
+
+    `began`: when the start began, if that was not with the process (`time.monotonic()` seconds).
+    """
     try:
         settings = load(settings_class, sys.argv[1:] if argv is None else argv, os.environ, prog=prog)
     except SettingsError as error:
@@ -191,7 +204,7 @@ def main(
     mesh = settings.mesh
 
     async def body() -> None:
-        context = Context(role, mesh)
+        context = Context(role, mesh, began)
         telemetry.start_logging(mesh.log_level, context.instance)
         await run(context, make(settings, context))
 
@@ -241,6 +254,11 @@ async def _answer_control(context: Context, service: Service) -> None:
                 context.stop()
             case "stats":
                 return ControlReply(context.state, service.stats())
+            case "policies":
+                if context.switch_policies is None:
+                    raise InvalidRequest(f"a {context.role} has no policies to switch")
+                policies = context.switch_policies(control.policies, control.model)
+                return ControlReply(context.state, policies=policies)
             case "kv_snapshot":
                 snapshot = service.snapshot()
                 if snapshot is not None:

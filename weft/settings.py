@@ -1,7 +1,8 @@
 """Settings: what each role can be told, by flags or `WEFT_*` environment variables, read once at start.
 
-A setting is a dataclass field made by `setting`. A flag wins over the environment. An unknown `WEFT_*` variable, a
-bad value or an unknown flag raises `SettingsError`, which names it; `weft.service.main` exits with status 2 then.
+A setting is a dataclass field made by `setting`. A flag wins over the environment, and both win over a preset. An
+unknown `WEFT_*` variable, a bad value or an unknown flag raises `SettingsError`, which names it; `weft.service.main`
+exits with status 2 then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from weft import limits
 from weft.errors import SettingsError
+from weft.presets import PRESETS, WEFT
 
 T = TypeVar("T")
 PREFIX = "WEFT_"
@@ -57,6 +59,23 @@ def setting(
         "secret": secret,
     }
     return field(default=default, metadata=metadata)
+
+
+def _preset() -> Any:
+    """The setting of every service that presets set something of."""
+    return setting(
+        "weft",
+        "Decide as another system does: defaults of the policies and of workers, which other settings win over.",
+        choices=tuple(PRESETS),
+    )
+
+
+def _tenants_file() -> Any:
+    return setting(
+        "",
+        "File with a line a tenant, as `acme weight=2 tokens_per_minute=60000`: share, quota, class and priority; "
+        "without one, nobody is bounded.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +134,14 @@ class GatewaySettings:
     host: str = setting("127.0.0.1", "Address that the HTTP server listens on; 0.0.0.0 to serve other machines.")
     port: int = setting(8000, "Port that the HTTP server listens on; 0 for any free one.", ge=0, le=65535)
     api_keys_file: str = setting("", "File with `tenant:sha256-of-key` lines; without one, no key is asked for.")
+    tenants_file: str = _tenants_file()
     max_inflight: int = setting(
         4096, "Requests held at once, to bound the gateway's memory; more are answered 429.", ge=1
+    )
+    explained_requests: int = setting(
+        1000,
+        "Requests that ended whose time lines can be asked for, 8 MiB of them at most; more to look further back.",
+        ge=0,
     )
     max_body_size: int = setting(
         limits.MAX_BODY_BYTES,
@@ -160,13 +185,42 @@ class SchedulerSettings:
     """Decide whether, when and where requests run."""
 
     mesh: MeshSettings
-    admit: str = setting("bounded", "Whether a request is taken; open for benchmarks.", choices=("open", "bounded"))
-    order: str = setting("fcfs", "Which waiting request goes next.", choices=("fcfs",))
-    route: str = setting(
-        "prefix_aware",
-        "Which worker gets a request; another than prefix_aware where prompts share nothing.",
-        choices=("least_loaded", "prefix_aware", "round_robin"),
+    preset: str = _preset()
+    admit: str = setting(
+        WEFT.admit,
+        "Whether a request is taken; early_reject and predicted_reject keep the objectives of SLO classes.",
+        choices=("open", "bounded", "early_reject", "predicted_reject"),
     )
+    order: str = setting(
+        WEFT.order,
+        "Which waiting request goes next; srpt for the least mean time, fair for tenants that share.",
+        choices=("fcfs", "priority", "sjf", "srpt", "mlfq", "edf", "fair", "prefix_first"),
+    )
+    route: str = setting(
+        WEFT.route,
+        "Which worker gets a request; another than prefix_aware where prompts share nothing.",
+        choices=(
+            "random",
+            "round_robin",
+            "least_loaded",
+            "power_of_two",
+            "prefix_aware",
+            "min_ttft",
+            "pd_heatmap",
+            "preble_e2",
+        ),
+    )
+    predict: str = setting(
+        WEFT.predict,
+        "How lengths of answers are guessed; bucket learns them by tenant and length of the prompt.",
+        choices=("none", "mean", "bucket"),
+    )
+    slo: str = setting(
+        WEFT.slo,
+        "What SLO classes are promised, in seconds, as `ttft=2,tbt=0.2; priority:ttft=0.5,tbt=0.1`, for early_reject, "
+        "predicted_reject and edf.",
+    )
+    tenants_file: str = _tenants_file()
     max_queued_requests: int = setting(
         2048,
         "Requests of a model that may wait before new ones get 429; fewer to refuse early, more to ride out bursts.",
@@ -174,6 +228,23 @@ class SchedulerSettings:
     )
     max_queued_tokens: int = setting(
         4_000_000, "Tokens of a model that may wait for prefill before new requests get 429.", ge=1
+    )
+    scale: str = setting(
+        "none",
+        "How many workers a model gets: as many as its load asks for, by queue, by the promised TTFT or by forecast.",
+        choices=("none", "fixed", "queue", "slo", "predictive"),
+    )
+    min_workers: int = setting(
+        0, "Workers of a model that scaling keeps at least; 0 to have none while nothing is asked.", ge=0, le=256
+    )
+    max_workers: int = setting(
+        1, "Workers of a model that scaling starts at most; as many as the machine has room for.", ge=1, le=256
+    )
+    scale_idle_s: float = setting(
+        300.0, "Seconds without a request after which a model has no workers, where the minimum is 0.", ge=0
+    )
+    scale_ttft_s: float = setting(
+        1.0, "Seconds to the first token that `--scale slo` keeps by starting workers; as users will bear.", ge=0.01
     )
 
 
@@ -187,6 +258,13 @@ class WorkerSettings:
         "torch",
         "`null` emits tokens at a given pace without a model, to load the mesh itself.",
         choices=("torch", "null"),
+    )
+    preset: str = _preset()
+    role: str = setting(
+        "auto",
+        "What a worker is for: prefill and decode workers share the work of a request, where the route is min_ttft or "
+        "pd_heatmap; auto is as the preset divides the workers of `weft up`, and both elsewhere.",
+        choices=("auto", "both", "prefill", "decode"),
     )
     device: str = setting(
         "auto", "Where the model runs; auto is a GPU if there is one.", choices=("auto", "cpu", "cuda")
@@ -227,15 +305,25 @@ class WorkerSettings:
         ge=0,
     )
     max_num_seqs: int = setting(
-        64, "Sequences that run at once: more for throughput, fewer for each stream's pace.", ge=1, le=65536
+        WEFT.max_num_seqs,
+        "Sequences that run at once: more for throughput, fewer for each stream's pace.",
+        ge=1,
+        le=65536,
     )
     max_num_batched_tokens: int = setting(
-        256, "Tokens that one step computes at most: fewer keep streams smooth while long prompts are read.", ge=1
+        WEFT.max_num_batched_tokens,
+        "Tokens that one step computes at most: fewer keep streams smooth while long prompts are read.",
+        ge=1,
     )
     batching: str = setting(
-        "chunked",
-        "How sequences join a running batch; static is the baseline of benchmarks.",
-        choices=("chunked", "static"),
+        WEFT.batching,
+        "Who computes in a step: prompts in chunks beside running streams, whole, or before them; static to compare.",
+        choices=("chunked", "continuous", "prefill_first", "static"),
+    )
+    reserve: str = setting(
+        WEFT.reserve,
+        "KV blocks that a sequence gets at its start: as tokens come, or to the end; all but paged are to compare.",
+        choices=("paged", "reserve_max", "reserve_pow2", "reserve_oracle"),
     )
     speculation: str = setting(
         "none",
@@ -249,15 +337,17 @@ class WorkerSettings:
     draft_model: str = setting(
         "", "Folder of the smaller model that guesses, with the same tokenizer; for `tales-6m` `tales-1m` if empty."
     )
-    prefix_cache: bool = setting(True, "Keep and reuse the KV blocks of finished requests; false to measure without.")
+    prefix_cache: bool = setting(
+        WEFT.prefix_cache, "Keep and reuse the KV blocks of finished requests; false to measure without."
+    )
     kv_offload: str = setting(
-        "auto",
+        WEFT.kv_offload,
         "When full blocks are sent to the cache service: at once (always), while nothing runs (idle), or never, where "
-        "no prompts come back; auto is idle on a CPU, which has to send them itself, and always on a GPU.",
+        "no prompts come back; auto is always on a GPU or where prompts are prefilled for others, idle on other CPUs.",
         choices=("auto", "always", "idle", "never"),
     )
     kv_load: str = setting(
-        "auto",
+        WEFT.kv_load,
         "Load blocks from the cache service: when that looks faster than computing them, always, or never.",
         choices=("auto", "always", "never"),
     )
@@ -293,6 +383,9 @@ class UpSettings:
     worker: WorkerSettings
     cache: CacheSettings
     workers: int = setting(1, "Worker processes; one for each GPU, or a few to share the cores.", ge=0, le=256)
+    prewarm: int = setting(
+        0, "Processes that `--scale` keeps ready to become workers; as many as a burst needs at once.", ge=0, le=64
+    )
     data_path: str = setting("", "Folder for logs, run-time files and the cache's disk tier; ~/.cache/weft if empty.")
     verbose: bool = setting(False, "Show the log lines of all processes, which go to files in any case.")
     nats_url: str = setting("", "NATS server or cluster to join; empty to start one of its own.")
@@ -315,6 +408,15 @@ class ChatSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ExplainSettings:
+    """Show the time line of a request by the id of its answer, and why it was placed where it was."""
+
+    url: str = setting("", "Address of the gateway; that of the `weft up` that runs here if empty.")
+    api_key: str = setting("", "The API key that made the request, for a gateway that asks for one.", secret=True)
+    data_path: str = setting("", "Data folder of the `weft up` that served it; ~/.cache/weft if empty.")
+
+
+@dataclass(frozen=True, slots=True)
 class OperatorSettings:
     """How `weft top` and `weft drain` reach a mesh: on its bus."""
 
@@ -323,6 +425,23 @@ class OperatorSettings:
     nats_password: str = setting("", "Password of that user.", secret=True)
     data_path: str = setting("", "Data folder of the `weft up` to look at; ~/.cache/weft if empty.")
     once: bool = setting(False, "Show one table and end, as is done without a terminal (`weft top`).")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """Switch policies of the schedulers while they run; without FAMILY=NAME, say what they are."""
+
+    operator: OperatorSettings
+    model: str = setting("", "Model whose policies are meant; all models if empty.")
+
+
+@dataclass(frozen=True, slots=True)
+class ComposeScaleSettings:
+    """Start and end the worker containers of a docker compose project as its schedulers advise."""
+
+    mesh: MeshSettings
+    service: str = setting("worker", "Service of the compose file whose containers are workers; another for GPUs.")
+    scaled_model: str = setting("", "Model whose workers they are, where a mesh has several; any if empty.")
 
 
 # Every settings class: a `WEFT_*` variable that none of them knows is a mistake.
@@ -334,7 +453,10 @@ ALL_SETTINGS: tuple[type, ...] = (
     CacheSettings,
     UpSettings,
     ChatSettings,
+    ExplainSettings,
     OperatorSettings,
+    PolicySettings,
+    ComposeScaleSettings,
 )
 
 
@@ -386,15 +508,19 @@ def load(cls: type[T], argv: Sequence[str], environ: Mapping[str, str], *, prog:
     settings = declared(cls)
     _check_variables(environ)
     flags = vars(_parser(cls, settings, prog).parse_args(list(argv)))
-    values: dict[tuple[str, ...], Any] = {}
-    for item in settings:
-        if flags.get(item.name) is not None:
-            values[item.path] = parse(item, flags[item.name], item.flag)
-        elif item.variable in environ:
-            values[item.path] = parse(item, environ[item.variable], item.variable)
-        else:
-            values[item.path] = item.default
+    given = {item.path: value for item in settings if (value := _given(item, flags, environ)) is not None}
+    presets = {value for path, value in given.items() if path[-1] == "preset"}
+    preset = PRESETS[presets.pop()].settings if presets else {}
+    values = {item.path: given.get(item.path, preset.get(item.name, item.default)) for item in settings}
     return _build(cls, (), values)
+
+
+def _given(item: Declared, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Any:
+    """What the user says of a setting; None if that is nothing."""
+    flag = flags.get(item.name)
+    if flag is not None:
+        return parse(item, flag, item.flag)
+    return parse(item, environ[item.variable], item.variable) if item.variable in environ else None
 
 
 def parse(item: Declared, text: str, source: str) -> Any:

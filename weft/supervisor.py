@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from asyncio.subprocess import DEVNULL, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -28,7 +28,9 @@ from weft.data_folder import DataFolder
 from weft.errors import SettingsError, WeftError
 from weft.exit_status import BAD_SETTINGS
 from weft.hashing import BLOCK_SIZE
-from weft.messages import Control, ControlReply, Heartbeat, Role
+from weft.messages import Control, ControlReply, Heartbeat, Role, ScaleAdvice
+from weft.prewarm import FLAG, Prewarmed
+from weft.replicas import Replica, plan_change
 from weft.settings import MeshSettings
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Supervisor:
         mesh: how the supervisor itself joins the bus. Its `nats_url` is ignored if `passwords` are given.
         passwords: of every role, for a NATS server of our own; empty to join the one at `mesh.nats_url`.
         tell: called with news worth a line.
+        scaled: workers that are started and ended as schedulers advise; those of `specs` are there from the start.
+        num_prewarmed: processes that have done all of a worker's start that can be done before.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Supervisor:
         tell: Callable[[News], None],
         *,
         hung_s: float = HUNG_S,
+        scaled: Sequence[ChildSpec] = (),
+        num_prewarmed: int = 0,
     ) -> None:
         self.nats = Child(nats_spec(folder)) if passwords else None
         self.services = {spec.name: Child(spec) for spec in specs}
@@ -80,6 +86,10 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._scaled = {spec.name: spec for spec in scaled}
+        self._prewarmed = Prewarmed(num_prewarmed, self._start_prewarmed)
+        self._failed = asyncio.Event()
+        self._failure: BaseException | None = None  # what ended a keeper
         self._loading: asyncio.Task[None] | None = None
 
     @property
@@ -120,13 +130,21 @@ class Supervisor:
         for child in self.services.values():
             self._keep(child)
         watch = asyncio.create_task(self._watch(), name="watch")
+        failed = asyncio.create_task(self._until_failed(), name="until failed")
+        warming = asyncio.create_task(self._prewarmed.keep(self._is_calm), name="prewarm")
         try:
-            done, _ = await asyncio.wait((watch, *self._keepers.values()), return_when=asyncio.FIRST_EXCEPTION)
+            done, _ = await asyncio.wait((watch, failed, warming), return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
                 task.result()
         finally:
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            for task in (watch, failed, warming):
+                task.cancel()
+            await asyncio.gather(watch, failed, warming, return_exceptions=True)
+
+    async def _until_failed(self) -> None:
+        await self._failed.wait()
+        assert self._failure is not None
+        raise self._failure
 
     async def _start_nats(self, nats: Child) -> None:
         config = self._folder.run / "nats.conf"
@@ -157,10 +175,16 @@ class Supervisor:
     # ---- one child ---------------------------------------------------------------------------------------------------
 
     def _keep(self, child: Child) -> None:
-        self._keepers[child.spec.name] = asyncio.create_task(self._keeper(child), name=child.spec.name)
+        self._keepers[child.spec.name] = keeper = asyncio.create_task(self._keeper(child), name=child.spec.name)
+        keeper.add_done_callback(self._on_keeper_done)
+
+    def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
+        if not keeper.cancelled() and keeper.exception() is not None:
+            self._failure = self._failure or keeper.exception()
+            self._failed.set()
 
     async def _keeper(self, child: Child) -> None:
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() and not child.is_leaving:
             try:
                 process = await self._spawn(child)
             except OSError as error:
@@ -173,7 +197,7 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 child.process = None
-                if self._stopping.is_set():
+                if self._stopping.is_set() or child.is_leaving:
                     break
                 delay = self._judge(child, status)
             child.state = "waiting"
@@ -181,27 +205,44 @@ class Supervisor:
                 async with asyncio.timeout(delay):
                     await self._stopping.wait()
         child.state = "ended"
+        if child.is_leaving and not self._stopping.is_set():
+            del self.services[child.spec.name], self._keepers[child.spec.name]
+            self._tell(News(child.spec.name, f"{child.spec.name} has drained and ended", "ready"))
 
     async def _spawn(self, child: Child) -> Process:
-        path = self._folder.log(child.spec.name)
+        path, mine = self._folder.log(child.spec.name), {"WEFT_NATS_URL": self.nats_url} if child.spec.role else {}
         with path.open("ab") as target:
             child.log_offset = target.tell()
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), str(os.getpid()),
-                *child.spec.argv,
-                env={**child.spec.environ, **({"WEFT_NATS_URL": self.nats_url} if child.spec.role else {})},
-                stdin=DEVNULL,
-                stdout=target,
-                stderr=target,
-                # A session of its own: the terminal's Ctrl-C is for us, and we say who ends when.
-                start_new_session=True,
-            )  # fmt: skip
+        process = self._prewarmed.take(child.spec, path, mine) if child.spec.name in self._scaled else None
+        if process is None:
+            process = await self._execute(child.spec.argv, {**child.spec.environ, **mine}, path)
         child.process, child.state, child.since, child.epoch = process, "starting", time.monotonic(), None
         child.ready_at = child.loaded = 0.0
         if self._stopping.is_set():
             self._signal(child, signal.SIGKILL)
         log.info("started", extra={"child": child.spec.name, "pid": process.pid})
         return process
+
+    async def _execute(
+        self, argv: Sequence[str], environ: Mapping[str, str], path: Path, stdin: int = DEVNULL
+    ) -> Process:
+        with path.open("ab") as target:
+            return await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), str(os.getpid()), *argv,
+                env=environ,
+                stdin=stdin,
+                stdout=target,
+                stderr=target,
+                # A session of its own: the terminal's Ctrl-C is for us, and we say who ends when.
+                start_new_session=True,
+            )  # fmt: skip
+
+    async def _start_prewarmed(self) -> Process:
+        spec = next(iter(self._scaled.values()))
+        return await self._execute((*spec.argv, FLAG), spec.environ, self._folder.log("prewarmed"), PIPE)
+
+    def _is_calm(self) -> bool:
+        return not any(child.state in ("starting", "waiting") for child in self.services.values())
 
     def _announce_death(self, child: Child) -> None:
         if child.epoch is None or child.spec.role is None or self._bus is None:
@@ -249,6 +290,31 @@ class Supervisor:
         program, colon, rest = words.partition(": ")
         return rest if colon and " " not in program else words
 
+    # ---- as many workers as are advised ------------------------------------------------------------------------------
+
+    def _on_advice(self, advice: ScaleAdvice) -> None:
+        """Start and end workers, so that there are as many as the scheduler says."""
+        if advice.target is None or self._stopping.is_set():
+            return
+        those = [child for name, child in self.services.items() if name in self._scaled and not child.is_leaving]
+        replicas = (Replica(child.spec.name, child.state == "ready", child.since) for child in those)
+        change = plan_change(replicas, min(advice.target, len(self._scaled)), advice.drain)
+        for name in change.leaving:
+            self._let_go(self.services[name], advice)
+        # A name is free again when the process that had it is gone.
+        free = [spec for name, spec in self._scaled.items() if name not in self.services]
+        for spec in free[: change.num_more]:
+            log.info("scaling up", extra={"child": spec.name, "target": advice.target, "reason": advice.reason})
+            child = self.services[spec.name] = Child(spec)
+            self._keep(child)
+
+    def _let_go(self, child: Child, advice: ScaleAdvice) -> None:
+        """Let a worker finish what it holds, and end."""
+        log.info("scaling down", extra={"child": child.spec.name, "target": advice.target, "reason": advice.reason})
+        child.is_leaving = True
+        # Before its first heartbeat it holds nothing, and may take long to listen.
+        self._signal(child, signal.SIGTERM if child.epoch is not None else signal.SIGKILL)
+
     # ---- news from the bus -------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
@@ -259,6 +325,8 @@ class Supervisor:
         closed = asyncio.Event()
         bus.on_closed.append(closed.set)
         await bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_beat)
+        if self._scaled:
+            await bus.on(subjects.SCALE_ALL, ScaleAdvice, self._on_advice)
         await bus.flush()
         self._loading = asyncio.create_task(self._watch_loading(bus), name="watch loading")
         # nats-py may swallow the cancellation of `connect`: the loop's end cannot depend on it.
@@ -356,6 +424,7 @@ class Supervisor:
 
     async def _end_all(self) -> None:
         """End the children in the order of the ring: nobody loses what it needs to finish what is running."""
+        await self._prewarmed.end()
         for roles, patience_s in (
             (("gateway",), self._mesh.drain_s + END_S),
             (("tokenizer", "scheduler", "worker"), END_S),

@@ -19,18 +19,20 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final, TextIO, cast
 
 from weft import data_folder, model_folder, subjects
 from weft.child import ChildSpec
 from weft.data_folder import DataFolder, RunFile
 from weft.errors import SettingsError, WeftError
 from weft.exit_status import INTERRUPTED, complain
-from weft.messages import Role
+from weft.messages import Role, WorkerRole
 from weft.model_folder import ModelFolder
+from weft.presets import PRESETS
 from weft.settings import PREFIX, UpSettings, load, to_environ
 from weft.status_view import View, make_view
 from weft.supervisor import NATS, Supervisor
@@ -66,6 +68,7 @@ class Plan:
     url: str
     model: str
     max_model_len: int
+    policies: str  # the line that tells the user of them
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,11 +82,30 @@ def main(argv: Sequence[str]) -> int:
         folder, _ = data_folder.take(settings.data_path)
         model = model_folder.read(settings.worker.model)
         model_folder.digest(model)
-        settings = _with_port(settings)
+        settings = _with_port(_with_scaling(settings))
         plan = make_plan(settings, model, folder, environ)
         return asyncio.run(_run(settings, plan, folder, sys.stdout, began))
     except WeftError as error:
         return complain("weft up", error)
+
+
+def _with_scaling(settings: UpSettings) -> UpSettings:
+    """With scaling all workers that there may ever be are planned for; fewer are started."""
+    if settings.scheduler.scale == "none":
+        return settings
+    settings = dataclasses.replace(settings, workers=settings.scheduler.max_workers)
+    if set(_worker_roles(settings)) - {"both"}:
+        raise SettingsError("--scale: it counts workers that prefill and decode; give --role both as well")
+    return settings
+
+
+def _scaled_and_not(settings: UpSettings, plan: Plan) -> tuple[list[ChildSpec], list[ChildSpec]]:
+    """The workers that scaling may start and end, and what is started at once: of these workers the least number."""
+    if settings.scheduler.scale == "none":
+        return [], list(plan.specs)
+    workers = [spec for spec in plan.specs if spec.role == "worker"]
+    later = workers[settings.scheduler.min_workers :]
+    return workers, [spec for spec in plan.specs if spec not in later]
 
 
 def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, environ: Mapping[str, str]) -> Plan:
@@ -95,6 +117,7 @@ def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, envi
     base = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
     names: list[tuple[Role, int]] = [("gateway", 0), ("tokenizer", 0), ("scheduler", 0), ("cache", 0)]
     names += [("worker", number) for number in range(settings.workers)]
+    worker_roles = _worker_roles(settings)
     specs = []
     for index, (role, number) in enumerate(names):
         instance = f"{role}-{number}{tail}"
@@ -103,13 +126,34 @@ def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, envi
             mine |= {"WEFT_NATS_USER": role, "WEFT_NATS_PASSWORD": passwords[role]}
         if role == "worker":
             mine |= {name: value for name, value in WORKER_ENVIRON.items() if name not in environ}
-            mine |= _share_of_machine(settings, number, environ)
+            mine |= _share_of_machine(settings, number, environ) | {"WEFT_ROLE": worker_roles[number]}
         argv = (sys.executable, "-P", "-m", _MODULES[role])
         specs.append(ChildSpec(instance, role, argv, {**base, "PYTHONUNBUFFERED": "1", **mine}))
     host = {"127.0.0.1": "localhost", "0.0.0.0": "localhost", "::": "localhost"}.get(
         settings.gateway.host, settings.gateway.host
     )
-    return Plan(tuple(specs), passwords, f"http://{host}:{settings.gateway.port}", model.name, model.max_model_len)
+    url = f"http://{host}:{settings.gateway.port}"
+    return Plan(tuple(specs), passwords, url, model.name, model.max_model_len, _tell_policies(settings, worker_roles))
+
+
+def _worker_roles(settings: UpSettings) -> tuple[WorkerRole, ...]:
+    """What each worker is for: as the preset divides them, unless they are told."""
+    if settings.worker.role == "auto":
+        return PRESETS[settings.worker.preset].roles_of(settings.workers)
+    return (cast(WorkerRole, settings.worker.role),) * settings.workers
+
+
+def _tell_policies(settings: UpSettings, roles: Sequence[WorkerRole]) -> str:
+    """`Preset mooncake: admit=predicted_reject order=fcfs …`, and how the workers share the work."""
+    preset, scheduler, worker = PRESETS[settings.scheduler.preset], settings.scheduler, settings.worker
+    names = [f"{family}={getattr(scheduler, family)}" for family in preset.policies]
+    told = f"Preset {scheduler.preset}: {' '.join(names)} batching={worker.batching}"
+    if set(roles) - {"both"}:
+        return told + "; workers: " + ", ".join(f"{count} {role}" for role, count in Counter(roles).items())
+    if worker.role == "auto" and len(preset.roles) > 1 and roles:
+        least = next(count for count in range(len(preset.roles) + 1) if set(preset.roles_of(count)) - {"both"})
+        return told + f"; all workers prefill and decode, since apart takes --workers {least} or more"
+    return told
 
 
 def _tail_of(folder: DataFolder) -> str:
@@ -175,12 +219,15 @@ def _with_port(settings: UpSettings) -> UpSettings:
 
 async def _run(settings: UpSettings, plan: Plan, folder: DataFolder, out: TextIO, began: float) -> int:
     view: View
+    scaled, at_once = _scaled_and_not(settings, plan)
     supervisor = Supervisor(
-        plan.specs,
+        at_once,
         settings.worker.mesh,
         plan.passwords,
         folder,
         lambda news: view.tell(news),
+        scaled=scaled,
+        num_prewarmed=settings.prewarm if scaled else 0,
     )
     view = make_view(out, lambda: supervisor.children)
     _log_to(folder.log("supervisor"), settings.worker.mesh.log_level)
@@ -262,6 +309,7 @@ def _welcome(plan: Plan, folder: DataFolder, took_s: float, kv_tokens: Sequence[
     body = json.dumps({"model": plan.model, "messages": [{"role": "user", "content": EXAMPLE}], "stream": True})
     return f"""
 Weft serves {plan.model} at {plan.url} (ready after {took_s:.1f} s).
+{plan.policies}.
 {room}Try
 
   curl -N {plan.url}/v1/chat/completions -H 'Content-Type: application/json' \\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,13 @@ def test_compose_passes_every_setting_of_a_service_on() -> None:
             given = {variable for variable in COMPOSE["services"][name]["environment"] if variable.startswith("WEFT_")}
             # An instance is named after its container.
             assert given == {item.variable for item in declared(cls)} - {"WEFT_INSTANCE"}, name
+
+
+def test_compose_says_nothing_twice() -> None:
+    # PyYAML takes the last of two; docker compose takes neither.
+    for block in re.split(r"\n(?! *WEFT_)", (ROOT / "docker-compose.yml").read_text()):
+        names = re.findall(r"^ *(WEFT_\w+):", block, re.MULTILINE)
+        assert len(names) == len(set(names))
 
 
 def test_compose_publishes_the_gateway_only_and_checks_everybody() -> None:

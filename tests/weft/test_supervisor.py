@@ -6,7 +6,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from weft.bus import Bus
 from weft.child import ChildSpec, News, StartFailed, describe_status, restart_delay
 from weft.data_folder import DataFolder
 from weft.errors import SettingsError
-from weft.messages import Heartbeat, Role
+from weft.messages import Heartbeat, Role, ScaleAdvice
 from weft.settings import MeshSettings
 from weft.supervisor import Supervisor
 
@@ -44,8 +44,7 @@ class Running:
 
 
 def spec(name: str, role: Role, behaviour: str = "") -> ChildSpec:
-    environ = {
-        "PATH": os.environ["PATH"],
+    environ = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ} | {
         "WEFT_NATS_USER": role,
         "WEFT_NATS_PASSWORD": PASSWORDS[role],
         "WEFT_INSTANCE": name,
@@ -53,10 +52,25 @@ def spec(name: str, role: Role, behaviour: str = "") -> ChildSpec:
     return ChildSpec(name, role, (sys.executable, "-P", STAND_IN, role, behaviour), environ)
 
 
-def make(tmp_path: Path, *specs: ChildSpec, hung_s: float = 20.0) -> Running:
+def make(
+    tmp_path: Path,
+    *specs: ChildSpec,
+    hung_s: float = 20.0,
+    scaled: Sequence[ChildSpec] = (),
+    num_prewarmed: int = 0,
+) -> Running:
     folder, _ = data_folder.take(str(tmp_path))
     news: list[News] = []
-    supervisor = Supervisor(specs, MeshSettings(drain_s=5), PASSWORDS, folder, news.append, hung_s=hung_s)
+    supervisor = Supervisor(
+        specs,
+        MeshSettings(drain_s=5),
+        PASSWORDS,
+        folder,
+        news.append,
+        hung_s=hung_s,
+        scaled=scaled,
+        num_prewarmed=num_prewarmed,
+    )
     return Running(supervisor, folder, news)
 
 
@@ -196,3 +210,65 @@ async def test_child_that_ends_well_before_it_was_ready_has_failed(tmp_path: Pat
     with pytest.raises(StartFailed, match=r"cache-0 died \(exit status 0\), 5 times while starting: it said nothing"):
         async with started(make(tmp_path, idle)):
             pass
+
+
+@asynccontextmanager
+async def advising(running: Running) -> AsyncIterator[Callable[..., None]]:
+    """Speak as a scheduler."""
+    mesh = MeshSettings(
+        nats_url=running.supervisor.nats_url, nats_user="scheduler", nats_password=PASSWORDS["scheduler"], instance="s"
+    )
+    bus = Bus(mesh, "scheduler", "s")
+    await bus.connect()
+
+    def advise(target: int | None, *drain: str) -> None:
+        bus.tell(subjects.scale("tales"), ScaleAdvice("s", "tales", target=target, drain=list(drain)))
+
+    yield advise
+    await bus.close()
+
+
+async def test_workers_are_started_and_drained_as_advised(tmp_path: Path) -> None:
+    scaled = [spec(f"worker-{number}", "worker") for number in range(3)]
+    running = make(tmp_path, spec("scheduler-0", "scheduler"), scaled=scaled)
+    services = running.supervisor.services
+    async with started(running), advising(running) as advise:
+        advise(2)
+        await until(lambda: [child.state for child in services.values()] == ["ready"] * 3)
+        pid = running.pid("worker-0")
+        advise(None)
+        advise(1, "worker-0")
+        await until(lambda: "worker-0" not in services)
+        assert not is_alive(pid)
+        assert "draining" in running.folder.log("worker-0").read_text()
+        advise(9)
+        await until(lambda: [child.state for child in services.values()] == ["ready"] * 4)
+    assert not [text for text in running.texts() if "died" in text or "starting it again" in text]
+
+
+async def test_a_worker_that_is_needed_no_more_before_it_was_there_is_ended(tmp_path: Path) -> None:
+    slow = ChildSpec("worker-0", "worker", (sys.executable, "-c", "import threading; threading.Event().wait()"), {})
+    running = make(tmp_path, spec("scheduler-0", "scheduler"), scaled=[slow])
+    services = running.supervisor.services
+    async with started(running), advising(running) as advise:
+        advise(1)
+        await until(lambda: "worker-0" in services and services["worker-0"].process is not None)
+        pid = running.pid("worker-0")
+        advise(0)
+        await until(lambda: "worker-0" not in services)
+        assert not is_alive(pid)
+
+
+async def test_a_prewarmed_process_becomes_the_worker_that_is_needed(tmp_path: Path) -> None:
+    worker = spec("worker-0", "worker")
+    running = make(tmp_path, spec("scheduler-0", "scheduler"), scaled=[worker], num_prewarmed=1)
+    services = running.supervisor.services
+    async with started(running), advising(running) as advise:
+        await until(lambda: any("--prewarm" in line for line in children_of(os.getpid()).values()))
+        warm = next(pid for pid, line in children_of(os.getpid()).items() if "--prewarm" in line)
+        advise(1)
+        await until(lambda: "worker-0" in services and services["worker-0"].state == "ready")
+        assert running.pid("worker-0") == warm
+        assert "ready" in running.folder.log("worker-0").read_text()
+        await until(lambda: any("--prewarm" in line and pid != warm for pid, line in children_of(os.getpid()).items()))
+    assert not children_of(os.getpid())
