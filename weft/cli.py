@@ -57,7 +57,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def usage() -> str:
-    lines = [f"  weft {name:7} {help}" for name, (help, _) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  weft {name:{width}}  {help}" for name, (help, _) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: weft COMMAND [OPTIONS]",
