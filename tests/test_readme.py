@@ -30,6 +30,7 @@ def test_named_subject_exists(subject: str) -> None:
     made = {
         subjects.tokenize("<model>").replace(subjects.model_token("<model>"), "<model>"),
         subjects.schedule("<model>").replace(subjects.model_token("<model>"), "<model>"),
+        subjects.scale("<model>").replace(subjects.model_token("<model>"), "<model>"),
         subjects.assign("<id>"),
         subjects.frames("<id>"),
         subjects.cache("<shard>"),
@@ -37,6 +38,6 @@ def test_named_subject_exists(subject: str) -> None:
     assert subject in made
 
 
-@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z-]+)", README)) - {"--scale", "--help"}))
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z-]+)", README)) - {"--help"}))
 def test_named_flag_exists(flag: str) -> None:
     assert flag in {item.flag for item in declared(UpSettings)}
