@@ -81,6 +81,7 @@ class PolicyMaker:
     weights: Mapping[str, float] = field(default_factory=dict)  # by tenant
     block_transfer_s: float | None = None
     heatmap: Heatmap = field(default_factory=dict)
+    split_override: float = 1.5  # load at which `pd_heatmap` splits no more, of that of workers that do both
     block_size: int = BLOCK_SIZE  # tokens of a block that workers tell of
     make_predictor: Callable[[], PredictPolicy] | None = None  # instead of the name's: a simulator knows the future
 
@@ -94,7 +95,9 @@ class PolicyMaker:
         admit = ADMITS[names.admit](
             AdmitContext(self.max_queued_requests, self.max_queued_tokens, cost, self.objectives)
         )
-        context = RouteContext(self.chance, cost, self.block_transfer_s, self.heatmap, self.block_size)
+        context = RouteContext(
+            self.chance, cost, self.block_transfer_s, self.heatmap, self.block_size, self.split_override
+        )
         return Policies(names, admit, ROUTES[names.route](context), predict, cost, self.cost is not None)
 
     def order(self, names: PolicyNames) -> OrderPolicy:

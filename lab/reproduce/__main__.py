@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from lab.report import Conditions, flags, say
-from lab.reproduce import cache_aware, chunked, completion, fairness, lru, rejection, reserve, routing
+from lab.reproduce import cache_aware, chunked, completion, fairness, heatmap, lru, rejection, reserve, routing
 from lab.reproduce.claim import Claim
 from lab.reproduce.workload import Traces
 from weft.errors import SettingsError
@@ -29,6 +29,7 @@ FAMILIES: Final[dict[str, Callable[[Traces], list[Claim]]]] = {
     "mlfq": completion.mlfq_claims,
     "srpt": completion.srpt_claims,
     "rejection": rejection.claims,
+    "heatmap": heatmap.claims,
     "sglang": cache_aware.claims,
 }
 # Beside the repository.

@@ -304,8 +304,9 @@ class PdHeatmap:
 
     A heat map says for prompts of about this length and answers of about this share of it how much faster a request
     ends when one worker prefills and another decodes. Where that is a gain, and there are workers of both roles, it
-    goes to one that prefills, hands it back after its first token, and then goes to one that decodes. Load overrides:
-    if these have more than `override` times the load of the others, it does not. Within the workers of its phase, it
+    goes to one that prefills, hands it back after its first token, and then goes to one that decodes. Load overrides
+    the map either way: where one kind of workers has more than `override` times the load of the other, the other one
+    gets the request. Within the workers of its phase, it
     follows the longest match while their load is balanced, and the least load otherwise.
     Invariant: a request whose prompt was computed never goes to a worker that only prefills while there are others.
     Source: DeepServe (ATC '25), algorithm 1, whose loss at very high load (figure 8) the override mends.
@@ -323,14 +324,17 @@ class PdHeatmap:
         prefill, decode, both = (pool.of_role(role) for role in ("prefill", "decode", "both"))
         if arrival.is_decode:
             return self._place(arrival, decode or both or pool, "decode", None)
-        if prefill and (not both or self._is_worth_it(arrival, prefill.least(), both.least())):
+        if prefill and (not both or self._is_worth_it(arrival, (prefill, decode), both)):
             return self._place(arrival, prefill, "prefill", 1)
         return self._place(arrival, both or decode or pool, "both", None)
 
-    def _is_worth_it(self, arrival: Arrival, split: Worker, whole: Worker) -> bool:
-        if self._heatmap.get(heatmap_cell(arrival.num_tokens, arrival.remaining), 0.0) <= 0:
-            return False
-        return not split.load or split.load_fraction <= self._override * whole.load_fraction
+    def _is_worth_it(self, arrival: Arrival, split: tuple[Pool, Pool], whole: Pool) -> bool:
+        # A pool without workers has no room.
+        apart = max(pool.least().load_fraction if pool else float("inf") for pool in split)
+        together = whole.least().load_fraction
+        if self._heatmap.get(heatmap_cell(arrival.num_tokens, arrival.remaining), 0.0) > 0:
+            return not apart or apart <= self._override * together
+        return bool(together) and together > self._override * apart
 
     def _place(self, arrival: Arrival, pool: Pool, role: str, stop_after: int | None) -> Decision:
         inside = dataclasses.replace(arrival, match=arrival.match.within(pool.mask))
@@ -352,6 +356,7 @@ class RouteContext:
     block_transfer_s: float | None = None
     heatmap: Heatmap = field(default_factory=dict)
     block_size: int = BLOCK_SIZE  # tokens
+    split_override: float = 1.5  # of `PdHeatmap`
 
 
 ROUTES: Final[dict[str, Callable[[RouteContext], RoutePolicy]]] = {
@@ -363,7 +368,7 @@ ROUTES: Final[dict[str, Callable[[RouteContext], RoutePolicy]]] = {
     "min_ttft": lambda context: MinTtft(
         context.cost, block_transfer_s=context.block_transfer_s, block_size=context.block_size
     ),
-    "pd_heatmap": lambda context: PdHeatmap(context.heatmap),
+    "pd_heatmap": lambda context: PdHeatmap(context.heatmap, override=context.split_override),
     "preble_e2": lambda context: PrebleE2(context.cost, block_size=context.block_size),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lab.report import Figure
-from lab.reproduce import cache_aware, chunked, completion, fairness, rejection, reserve, routing
+from lab.reproduce import cache_aware, chunked, completion, fairness, heatmap, rejection, reserve, routing
 from lab.reproduce.__main__ import FAMILIES, main
 from lab.reproduce.chunked import Gaps, p99_gap_s
 from lab.reproduce.claim import Claim, at_least, ratio, shown
@@ -39,6 +39,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_aware, "NUM_GROUPS", 4)
     monkeypatch.setattr(routing, "LOADS", (1.0,))
     monkeypatch.setattr(rejection, "LOADS", (2.0,))
+    monkeypatch.setattr(heatmap, "NUM_OF_CELL", 4)
+    monkeypatch.setattr(heatmap, "PROMPTS", (256, 1024))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -169,10 +169,12 @@ def test_heatmap_splits_only_cells_that_gain_and_while_prefill_workers_have_room
     workers = [make_worker(0, role="prefill"), make_worker(1, role="decode"), make_worker(2, load=1, role="both")]
     decision = decide(PdHeatmap({cell: 0.2}), workers)
     assert (decision.worker, decision.stop_after) == ("w0", 1)
-    assert decide(PdHeatmap({cell: -0.2}), workers).worker == "w2"
-    assert decide(PdHeatmap({}), workers).worker == "w2"
+    idle = [*workers[:2], make_worker(2, role="both")]
+    assert decide(PdHeatmap({cell: -0.2}), idle).worker == "w2"
+    assert decide(PdHeatmap({}), idle).worker == "w2"
     busy = [make_worker(0, load=9, role="prefill"), *workers[1:]]
     assert decide(PdHeatmap({cell: 0.2}), busy).worker == "w2", "load overrides"
+    assert decide(PdHeatmap({cell: -0.2}), workers).worker == "w0", "either way"
     assert decide(PdHeatmap({cell: 0.2}), workers, make_arrival(is_decode=True)).worker == "w1"
 
 
