@@ -65,7 +65,7 @@ def placement(num_requests: int = 1000) -> list[Figure]:
 def _cluster(route: str) -> tuple[ClusterState, list[list[int]], random.Random]:
     """Workers with some load, and chains of blocks that one to forty of them hold the beginning of."""
     rng = random.Random(1)
-    state = ClusterState("s0", PolicyMaker(random.Random(2)), PolicyNames(admit="open", route=route))
+    state = ClusterState("s0", PolicyMaker(random.Random(2)), PolicyNames(route=route))
     for i in range(NUM_WORKERS):
         state.on_status(_status(i, rng), 0.0)
     chains = [[0, *range(1 + start, CHAIN + start)] for start in range(0, NUM_BLOCKS, CHAIN - 1)]

@@ -6,7 +6,6 @@ predictions are made of this, so what is missing costs accuracy and nothing else
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from scheduler_svc.policy.admit import Held
@@ -33,9 +32,6 @@ class HeldBook:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._of_worker: dict[str, dict[str, None]] = {}
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def send(self, waiting: Waiting, worker: Worker, ttft_s: float | None, now: float) -> None:
         """Book what is sent now. Mutates self."""
@@ -78,6 +74,3 @@ class HeldBook:
 
     def of_model(self, model: str) -> list[Held]:
         return [entry.held for entry in self._entries.values() if entry.model == model]
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())

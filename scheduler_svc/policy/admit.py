@@ -121,10 +121,11 @@ class EarlyReject:
     """
 
     name = "early_reject"
-    uses_load = True
 
     def __init__(self, cost: CostModel, objectives: Mapping[str, Objectives], also: AdmitPolicy) -> None:
         """`also`: bounds what waits in any case."""
+        # Of what runs nobody need know where nothing is promised.
+        self.uses_load = any(promised != Objectives() for promised in objectives.values())
         self._cost = cost
         self._objectives = objectives
         self._also = also
