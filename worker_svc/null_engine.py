@@ -20,9 +20,7 @@ from weft.errors import InvalidRequest
 from weft.hashing import BLOCK_SIZE
 from weft.messages import (
     FINISH_ERROR,
-    FINISH_LENGTH,
     FINISH_NONE,
-    FINISH_YIELD,
     Choice,
     ErrorInfo,
     SamplingParams,
@@ -42,6 +40,7 @@ from worker_svc.engine_io import (
     TokenRow,
 )
 from worker_svc.frames import MAX_ROW_TOKENS
+from worker_svc.sequence import ending
 
 log = logging.getLogger(__name__)
 
@@ -141,10 +140,8 @@ class NullCore:
 
     def _stream(self, request: TokenizedRequest, choice: Choice, stop_after: int | None, now: float) -> _Stream:
         index = len(choice.emitted) // 4
-        end_index = self._end_index(request.sampling, request.num_prompt_tokens)
-        end_finish = FINISH_LENGTH
-        if stop_after is not None and index + stop_after < end_index:
-            end_index, end_finish = index + stop_after, FINISH_YIELD
+        own_end = self._end_index(request.sampling, request.num_prompt_tokens)
+        end_index, end_finish = ending(index, stop_after, own_end)
         return _Stream(
             request_id=request.request_id,
             gateway=request.gateway,

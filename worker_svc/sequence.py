@@ -110,6 +110,13 @@ class Sequence:
         return blocks
 
 
+def ending(num_tokens: int, stop_after: int | None, end_length: int) -> tuple[int, int]:
+    """Tokens at which a sequence that has `num_tokens` ends, and how: by yielding, if that comes before its own end."""
+    if stop_after is not None and num_tokens + stop_after < end_length:
+        return num_tokens + stop_after, FINISH_YIELD
+    return end_length, FINISH_LENGTH
+
+
 def make_sequences(
     request: TokenizedRequest,
     *,
@@ -136,7 +143,7 @@ def make_sequences(
         stop_ids |= eos_token_ids
     for choice in request.choices:
         token_ids = prompt + unpack_u32(choice.emitted)
-        yields = stop_after is not None and len(token_ids) + stop_after < end_length
+        own_end, end_finish = ending(len(token_ids), stop_after, end_length)
         group.live.append(
             Sequence(
                 request=group,
@@ -146,11 +153,11 @@ def make_sequences(
                 sampling=sampling,
                 token_ids=token_ids,
                 num_prompt_tokens=len(prompt),
-                end_length=len(token_ids) + stop_after if yields and stop_after is not None else end_length,
+                end_length=own_end,
                 stop_ids=stop_ids,
                 root=root,
                 hashes=[BlockHash(block_hash) for block_hash in hashes],
-                end_finish=FINISH_YIELD if yields else FINISH_LENGTH,
+                end_finish=end_finish,
             )
         )
     return group

@@ -15,7 +15,6 @@ from scheduler_svc.cost_model import CostModel
 from weft.columns import pack_u32, split_hashes
 from weft.hashing import HASH_BYTES
 from weft.messages import (
-    FINISH_LENGTH,
     FINISH_YIELD,
     BlockHash,
     Ended,
@@ -28,7 +27,7 @@ from worker_svc.batch import Limits, StepPlan, commit_blocks, plan_step
 from worker_svc.blocks import BlockPool
 from worker_svc.engine_io import BlocksLoaded, LoadWanted
 from worker_svc.kv_exchange import KvExchange
-from worker_svc.sequence import Request, Sequence, State
+from worker_svc.sequence import Request, Sequence, State, ending
 
 SCHEDULER: Final = "s0"
 # How much the last step weighs in the step's seconds that a worker tells, as in an engine.
@@ -115,8 +114,8 @@ class SimWorker:
         self._num_accepted += 1
         (choice,) = request.choices
         num_tokens = request.num_prompt_tokens + len(choice.emitted) // 4
-        end = request.num_prompt_tokens + record.num_output_tokens
-        yields = stop_after is not None and num_tokens + stop_after < end
+        own_end = request.num_prompt_tokens + record.num_output_tokens
+        end_length, end_finish = ending(num_tokens, stop_after, own_end)
         sequence = Sequence(
             request=Request(request.request_id, request.gateway, request.epoch),
             arrival=self._num_arrived,
@@ -126,11 +125,11 @@ class SimWorker:
             # Only how many there are matters, and a byte each is enough for that.
             token_ids=cast("list[int]", bytearray(num_tokens)),
             num_prompt_tokens=request.num_prompt_tokens,
-            end_length=num_tokens + (stop_after or 0) if yields else end,
+            end_length=end_length,
             stop_ids=frozenset(),
             root=None,
             hashes=[BlockHash(block_hash) for block_hash in split_hashes(request.block_hashes)],
-            end_finish=FINISH_YIELD if yields else FINISH_LENGTH,
+            end_finish=end_finish,
         )
         self._records[sequence] = record
         self._extend_hashes(sequence)
