@@ -1,7 +1,8 @@
 """`weft calibrate`: how long steps of a real engine take, and the constants of the cost formula that say so.
 
-It runs the engine alone, with a worker's flags, over a grid of prefills and decodes; every other cell is fitted, and
-the error over the others is printed. The file that `--out` names is what `weft sim --hardware FILE` reads.
+It runs the engine alone, with a worker's flags, over a grid of prompts and decodes, or reads what a live worker wrote
+down (`--step-log FOLDER` of a worker, `--steps FILE` here). Every other step is fitted, and the error over the others
+is printed. The file that `--out` names is what `weft sim --hardware FILE` reads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -30,17 +31,34 @@ from weft.hashing import BLOCK_SIZE, block_hashes, chain_root
 from weft.messages import Choice, SamplingParams, TokenizedRequest
 from weft.model_folder import ModelFolder, digest, read
 from weft.settings import WorkerSettings, load
+from worker_svc.step_log import read_steps
 
 if TYPE_CHECKING:
     from worker_svc.engine import Engine
 
-PREFILLS: Final = (16, 64, 128, 256, 512)
+PROMPTS: Final = (16, 64, 128, 256)
 CONTEXTS: Final = (0, 64, 256, 512)
 BATCHES: Final = (1, 2, 4, 8, 16)
-# Each cell is the least of so many: whatever else the machine does only adds.
-NUM_REPEATS: Final = 3
+# Sequences that decode while a prompt is computed, the tokens that each sees, and the prompt's.
+BESIDE: Final = tuple((count, context, new) for count in (1, 4, 12) for context in (64, 400) for new in (32, 128))
+# Prompts of one step, and the tokens of each.
+TOGETHER: Final = ((2, 32), (2, 96), (4, 16), (4, 48))
+# The grid is gone through so many times, and each cell is the least of its times: whatever else the machine does only
+# adds, and lasts for seconds.
+NUM_PASSES: Final = 5
 NUM_DECODES: Final = 10
 BAR: Final = 0.10
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cell:
+    """A step to be measured: prompts beside sequences that decode."""
+
+    num_prompts: int = 0
+    num_new: int = 0  # tokens of each prompt
+    num_cached: int = 0  # of each prompt, before these
+    num_sequences: int = 0
+    context: int = 0  # tokens of each sequence when it begins to decode
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +66,6 @@ class Calibration:
     """The constants, and how far they are off where they were not fitted, as shares of the measured times."""
 
     hardware: Hardware
-    num_fitted: int
     errors: tuple[float, ...]  # of the held-out steps
 
     @property
@@ -60,9 +77,11 @@ def main(argv: Sequence[str]) -> int:
     """Calibrate, print the constants and their error, and write the file; 0 whatever the error is."""
     parser = argparse.ArgumentParser(prog="weft calibrate", description=__doc__, add_help=False)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=Path, nargs="+", default=[])
     try:
         options, flags = parser.parse_known_args(list(argv))
-        found = calibrate(load(WorkerSettings, flags, os.environ, prog="weft calibrate [--out FILE]"))
+        settings = load(WorkerSettings, flags, os.environ, prog="weft calibrate [--steps FILE ...] [--out FILE]")
+        found = calibrate(settings, options.steps)
         if options.out is not None:
             _write(options.out, found.hardware)
     except WeftError as error:
@@ -75,30 +94,42 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def calibrate(settings: WorkerSettings) -> Calibration:
-    """Measure an engine with these settings, fit one half of the steps, and judge by the other."""
+def calibrate(settings: WorkerSettings, step_logs: Sequence[Path] = ()) -> Calibration:
+    """Measure an engine with these settings, or read what live workers with them wrote down.
+
+    Raises:
+        SettingsError: the engine or a log is of no use; says why.
+    """
     # Only this needs torch.
     from worker_svc.torch_engine import load_engine
 
+    logged = [Step(work, seconds) for path in step_logs for work, seconds in read_steps(path)]
     folder = read(settings.model)
     bench = Bench(load_engine(folder, settings), folder)
-    steps = list(bench.steps(settings))
-    fitted, held_out = steps[::2], steps[1::2]
-    cost = fit(fitted).cost
     pool = bench.engine.pool
+    cost, spread, errors = judge(logged or bench.steps(bench.cells(settings)))
     hardware = Hardware(
         what=f"{folder.name} on {platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         cost=cost,
         kv_tokens=pool.num_blocks * pool.block_size,
         kv_bytes_per_token=max(1, bench.engine.block_bytes // pool.block_size),
+        # The cells of the grid are the least of their times, of which no spread can be told.
+        spread=spread if logged else (),
     )
-    return Calibration(hardware, len(fitted), tuple(error_of(cost, step) for step in held_out))
+    return Calibration(hardware, tuple(errors))
 
 
-def error_of(cost: CostModel, step: Step) -> float:
-    """How far the formula is off for a step, as a share of what it took."""
-    terms = zip(dataclasses.astuple(cost), step.terms, strict=True)
-    return abs(sum(float(constant) * term for constant, term in terms) / step.seconds - 1)
+def judge(steps: Sequence[Step]) -> tuple[CostModel, tuple[float, ...], list[float]]:
+    """Fit one half of the steps, every other one.
+
+    Returns:
+        The constants; what the fitted steps took over what these say, in 101 quantiles; and how far they are off for
+        each step of the other half, as a share of the measured time.
+    """
+    cost = fit(steps[::2]).cost
+    factors = sorted(1 / (1 + step.error(cost)) for step in steps[::2])
+    spread = tuple(factors[round(share * (len(factors) - 1) / 100)] for share in range(101))
+    return cost, spread, [abs(step.error(cost)) for step in steps[1::2]]
 
 
 class Bench:
@@ -111,65 +142,72 @@ class Bench:
         self._chance = random.Random(1)
         self._num_asked = 0
 
-    def steps(self, settings: WorkerSettings) -> Iterator[Step]:
-        """The cells of the grid that fit the settings, in an order by chance so that drifts of the machine spread."""
+    def cells(self, settings: WorkerSettings) -> list[Cell]:
+        """The cells of the grid that fit the settings, in an order by chance, so that every other one is like the rest.
+
+        Raises:
+            SettingsError: none fits.
+        """
+        grid = [Cell(1, new, cached) for new in PROMPTS for cached in CONTEXTS]
+        grid += [Cell(count, new) for count, new in TOGETHER]
+        grid += [Cell(0, 0, 0, count, max(context, BLOCK_SIZE)) for count in BATCHES for context in CONTEXTS]
+        grid += [Cell(1, new, 0, count, context) for count, context, new in BESIDE]
         capacity = self.engine.pool.num_blocks * BLOCK_SIZE
-        longest = min(self._folder.max_model_len, capacity) - NUM_DECODES - 2
-        budget = settings.max_num_batched_tokens
-        cells = [("prefill", n, c) for n in PREFILLS for c in CONTEXTS if n <= budget and n + c <= longest]
-        most = min(settings.max_num_seqs, max(BATCHES))
-        cells += [
-            ("decode", b, max(c, BLOCK_SIZE))
-            for b in BATCHES
-            for c in CONTEXTS
-            if b <= most and c + 2 * NUM_DECODES + b * c // budget <= longest and b * (c + 128) < capacity
+        longest = min(self._folder.max_model_len, capacity)
+        cells = [
+            cell
+            for cell in grid
+            if cell.num_prompts + cell.num_sequences <= settings.max_num_seqs
+            and cell.num_prompts * cell.num_new + cell.num_sequences <= settings.max_num_batched_tokens
+            and max(cell.num_cached + cell.num_new, cell.context) + 4 * NUM_DECODES <= longest
+            and cell.num_prompts * (cell.num_cached + cell.num_new) + cell.num_sequences * (cell.context + 64)
+            < capacity
         ]
         if not cells:
             raise SettingsError("no step fits this engine: its memory or its budget is too small")
-        self._prefill_s(BLOCK_SIZE, 0)
         self._chance.shuffle(cells)
-        for kind, count, context in cells:
-            if kind == "prefill":
-                seconds = min(self._prefill_s(count, context) for _ in range(NUM_REPEATS))
-                yield Step(count, count * (context + 0.5 * count), 0, 0, seconds)
-            else:
-                yield self._decode(count, context, budget)
+        return cells
 
-    def _prefill_s(self, num_new: int, num_cached: int) -> float:
-        """A prompt of which the first tokens are cached."""
-        start = self._tokens(num_cached)
-        if start:
-            self._ask(start, 1)
-            self._finish()
-        self._ask(start + self._tokens(num_new), 1)
-        return sum(self._finish())
+    def steps(self, cells: Sequence[Cell]) -> list[Step]:
+        """The least that each cell took."""
+        found = [[self._measure(cell) for cell in cells] for _ in range(NUM_PASSES)]
+        return [min(those, key=lambda step: step.seconds) for those in zip(*found, strict=True)]
 
-    def _decode(self, num_sequences: int, context: int, budget: int) -> Step:
-        """Sequences that all decode, from prompts of so many tokens on."""
-        # The first ones go on while the prompts of the others are computed.
-        num_before = 2 + num_sequences * context // budget
-        for _ in range(num_sequences):
-            self._ask(self._tokens(context), NUM_DECODES + num_before)
-        times, contexts = [], []
-        while self.engine.has_work:
-            running = self.engine.running
-            is_decode = len(running) == num_sequences and all(s.num_uncomputed_tokens == 1 for s in running)
-            num_seen = sum(len(sequence.token_ids) for sequence in running)
-            began = time.perf_counter()
+    def _measure(self, cell: Cell) -> Step:
+        for number in range(cell.num_sequences):
+            # The same ones in every pass, so that they are found in the cache and only the first pass computes them.
+            self._ask(_tokens(random.Random(number), cell.context), 4 * NUM_DECODES)
+        while any(sequence.num_uncomputed_tokens > 1 for sequence in [*self.engine.running, *self.engine.waiting]):
             self.engine.step()
-            if is_decode:
-                times.append(time.perf_counter() - began)
-                contexts.append(num_seen)
-        return Step(0, 0, num_sequences, statistics.fmean(contexts), min(times))
+        prompts = [_tokens(self._chance, cell.num_cached + cell.num_new) for _ in range(cell.num_prompts)]
+        for prompt in prompts if cell.num_cached else ():
+            self._ask(prompt[: cell.num_cached], 1)
+            self._finish(cell.num_sequences)
+        for prompt in prompts:
+            self._ask(prompt, 1)
+        step = min((self._step() for _ in range(1 if prompts else NUM_DECODES)), key=lambda step: step.seconds)
+        self._drop_all()
+        return step
 
-    def _finish(self) -> list[float]:
-        """Step until all has ended; how long each step took."""
-        times = []
-        while self.engine.has_work:
-            began = time.perf_counter()
+    def _step(self) -> Step:
+        began = time.perf_counter()
+        self.engine.step()
+        seconds = time.perf_counter() - began
+        assert self.engine.landed is not None
+        return Step(self.engine.landed, seconds)
+
+    def _finish(self, num_others: int) -> None:
+        """Step until only the others are left."""
+        while len(self.engine.running) + len(self.engine.waiting) > num_others:
             self.engine.step()
-            times.append(time.perf_counter() - began)
-        return times
+
+    def _drop_all(self) -> None:
+        from worker_svc.engine_io import Drop
+
+        for sequence in [*self.engine.running, *self.engine.waiting]:
+            self.engine.apply(Drop(sequence.request.request_id, 0))
+        while self.engine.has_work:
+            self.engine.step()
 
     def _ask(self, prompt: list[int], num_tokens: int) -> None:
         from worker_svc.engine_io import Add
@@ -183,8 +221,9 @@ class Bench:
         request = TokenizedRequest(name, 0, "lab", self._folder.name, column, hashes, sampling, choices)
         self.engine.apply(Add(request))
 
-    def _tokens(self, count: int) -> list[int]:
-        return [self._chance.randrange(10, 1000) for _ in range(count)]
+
+def _tokens(chance: random.Random, count: int) -> list[int]:
+    return [chance.randrange(10, 1000) for _ in range(count)]
 
 
 def _write(path: Path, hardware: Hardware) -> None:

@@ -1,10 +1,10 @@
 """How long work takes on a worker, as a formula that is fitted to measurements. Pure.
 
 A step takes
-    overhead + prefill of n tokens after c cached ones: token * n + attention * (n c + n^2 / 2)
+    overhead + prefill of n tokens after c cached ones: chunk + token * n + attention * (n c + n^2 / 2)
              + decode of a batch: context * (tokens of all contexts) + sequence * (sequences)
 seconds, which is DistServe's form (Zhong et al. 2024, appendix A: prefill a + b sum n + c sum n^2, decode
-a + b context + c batch) with what is cached left out of the work. The simulator, admission and routing share it.
+a' + b' context + c' batch) with what is cached left out of the work. The simulator, admission and routing share it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ class CostModel:
     attention_s: float = 0.0  # of a prefilled token that sees a token
     context_s: float = 0.0  # of a token that a decode sees
     sequence_s: float = 0.0  # of a decode
+    chunk_s: float = 0.0  # of a prompt, or a piece of one, whatever its length
 
     def prefill_s(self, num_tokens: int, num_cached: int = 0) -> float:
-        """Seconds for the tokens of a prompt of `num_tokens` that are not cached, without a step's overhead."""
+        """Seconds for the tokens of a prompt that are not cached, without the overhead of steps and chunks."""
         new = max(0, num_tokens - num_cached)
         return self.token_s * new + self.attention_s * new * (num_cached + 0.5 * new)
 
-    def decode_s(self, num_sequences: int, num_context_tokens: int) -> float:
+    def decode_s(self, num_sequences: int, num_context_tokens: float) -> float:
         """Seconds for one token of each sequence, without a step's overhead."""
         return self.sequence_s * num_sequences + self.context_s * num_context_tokens
 
-    def step_s(self, num_new: int, num_seen: float, num_sequences: int, num_context_tokens: int) -> float:
+    def step_s(
+        self, num_new: int, num_seen: float, num_sequences: int, num_context_tokens: float, num_chunks: int = 0
+    ) -> float:
         """Seconds of a step.
 
         Args:
             num_new, num_seen: prefilled tokens, and how many tokens they see, summed over them.
             num_sequences, num_context_tokens: decodes, and how many tokens they see, summed over them.
+            num_chunks: prompts, or pieces of them, that the prefilled tokens belong to.
         """
-        prefill = self.token_s * num_new + self.attention_s * num_seen
+        prefill = self.chunk_s * num_chunks + self.token_s * num_new + self.attention_s * num_seen
         return self.overhead_s + prefill + self.decode_s(num_sequences, num_context_tokens)
 
     def follow(self, prefill_tokens_per_s: float, step_s: float) -> None:

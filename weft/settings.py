@@ -354,6 +354,10 @@ class WorkerSettings:
     engine_stall_s: float = setting(
         20.0, "Seconds without a step after which a worker counts as dead; longer than a step can take.", ge=0.1
     )
+    step_log: str = setting(
+        "",
+        "Folder for a file of what each step computed and how long it took, for `weft calibrate --steps`.",
+    )
     null_tokens_per_s: float = setting(30.0, "Tokens a second of each stream of the null engine.", ge=0.001)
     null_first_token_s: float = setting(0.0, "Seconds to the first token of the null engine.", ge=0)
 

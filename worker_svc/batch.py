@@ -36,6 +36,17 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What a step computes, in the numbers that its time follows from."""
+
+    num_new: int = 0  # tokens of prompts
+    num_seen: float = 0.0  # tokens that these see, summed over them
+    num_sequences: int = 0  # decodes
+    num_context_tokens: float = 0.0  # that these see, summed over them
+    num_chunks: int = 0  # prompts, or pieces of them
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """What a step does. Block tables have room for it already."""
 
@@ -53,6 +64,19 @@ class StepPlan:
         return all(
             count == 1 and sequence.num_uncomputed_tokens == 1 for sequence, count in self.num_scheduled_tokens.items()
         )
+
+    def work(self) -> Work:
+        """What there is to do, before any of it is counted as computed."""
+        num_new, num_seen, num_sequences, num_context, num_chunks = 0, 0.0, 0, 0, 0
+        for sequence, count in self.num_scheduled_tokens.items():
+            if count == 1 and sequence.num_uncomputed_tokens == 1:
+                num_sequences += 1
+                num_context += sequence.num_computed_tokens + 1
+            else:
+                num_chunks += 1
+                num_new += count
+                num_seen += count * (sequence.num_computed_tokens + 0.5 * count)
+        return Work(num_new, num_seen, num_sequences, num_context, num_chunks)
 
 
 @dataclass(slots=True)

@@ -39,7 +39,7 @@ from weft.messages import (
     TokenizedRequest,
 )
 from weft.settings import WorkerSettings
-from worker_svc.batch import Limits, StepPlan, commit_blocks, make_room, plan_step
+from worker_svc.batch import Limits, StepPlan, Work, commit_blocks, make_room, plan_step
 from worker_svc.blocks import BlockPool
 from worker_svc.checks import check_request
 from worker_svc.engine_io import (
@@ -100,6 +100,7 @@ class _Flight:
     """A step that the device has, and what its outcome means."""
 
     plan: StepPlan
+    work: Work
     # Each sequence that gets tokens, the index of the first in `token_ids`, and the draft of the others.
     sampled: list[tuple[Sequence, int, Ordered[int]]]
     sampling: PendingSamples | None  # None if nothing was sampled
@@ -157,6 +158,8 @@ class Engine:
         self.block_bytes = runner.block_bytes
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        # Of the step whose tokens came last; None if the last call of `step` brought none.
+        self.landed: Work | None = None
         self._limits = Limits(
             settings.max_num_seqs,
             settings.max_num_batched_tokens,
@@ -191,6 +194,7 @@ class Engine:
     def step(self, commands: Iterable[Command] = ()) -> StepOutput | None:
         """Take in commands and compute one step. None: nothing happened that anyone need know."""
         began = self._clock()
+        self.landed = None
         for command in commands:
             self.apply(command)
         if self._speculation is not None and self._speculation.waits:
@@ -364,6 +368,7 @@ class Engine:
             self._runner.copy_block(source, target)
         if not plan.num_scheduled_tokens:
             return None
+        work = plan.work()
         step, sampled = make_step_input(plan, drafts)
         stopwatch = start_stopwatch(self._runner.device)
         logits = self._runner.forward(step, self._sampler.last_token_ids if step.pending else None)
@@ -379,7 +384,7 @@ class Engine:
             (sequence, sequence.await_token(row), draft)
             for row, (sequence, draft) in enumerate(zip(sampled, sampled_drafts, strict=True))
         ]
-        return _Flight(plan, awaited, sampling, began, stopwatch, is_observed=drafted is not None)
+        return _Flight(plan, work, awaited, sampling, began, stopwatch, is_observed=drafted is not None)
 
     def _count_chunk(self, sequence: Sequence) -> None:
         """Tell of a prompt that takes several steps, now and then and at its end."""
@@ -401,6 +406,7 @@ class Engine:
         flight, self._flight = self._flight, None
         if flight is None:
             return
+        self.landed = flight.work
         samples = Samples([], {}, {}) if flight.sampling is None else flight.sampling.collect()
         emitted: list[tuple[Emitted, int]] = []  # and the first row
         row = 0

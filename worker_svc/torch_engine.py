@@ -25,6 +25,7 @@ from worker_svc.runner import ModelRunner, Runner
 from worker_svc.speculation.prompt_lookup import PromptLookup
 from worker_svc.speculation.speculation import Speculation
 from worker_svc.step_input import StepInput
+from worker_svc.step_log import StepLog
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ class TorchEngine:
     def __init__(self, folder: ModelFolder, settings: WorkerSettings) -> None:
         self._folder = folder
         self._settings = settings
+        self._step_log: StepLog | None = None
         self._inbox: SimpleQueue[Command | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self.load = EngineLoad()
@@ -167,6 +169,8 @@ class TorchEngine:
         self.load_bytes_per_s = 0.0
 
     def start(self, on_output: Callable[[StepOutput], None]) -> None:
+        if self._settings.step_log:
+            self._step_log = StepLog(self._settings.step_log, self._settings.mesh.instance or "worker")
         loaded: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(loaded, on_output), name="engine", daemon=True)
         self._thread.start()
@@ -192,18 +196,33 @@ class TorchEngine:
             return
         loaded.set_result(None)
         try:
-            while (commands := self._receive(engine.has_work)) is not None:
-                engine.exchange.set_available(self.remote_cache_available)
-                engine.exchange.load_bytes_per_s = self.load_bytes_per_s
-                output = engine.step(commands)
-                if output is not None:
-                    on_output(output)
+            self._step(engine, on_output)
         except Exception as error:
             log.exception("engine failed")
             # Of a rank that was lost this is the consequence.
             self.load.failure = self.load.failure or error
         finally:
             engine.close()
+            if self._step_log is not None:
+                self._step_log.close()
+
+    def _step(self, engine: Engine, on_output: Callable[[StepOutput], None]) -> None:
+        """Step until told to stop."""
+        ended_at = time.monotonic()
+        while True:
+            had_work = engine.has_work
+            commands = self._receive(had_work)
+            if commands is None:
+                return
+            began = ended_at if had_work else time.monotonic()
+            engine.exchange.set_available(self.remote_cache_available)
+            engine.exchange.load_bytes_per_s = self.load_bytes_per_s
+            output = engine.step(commands)
+            if output is not None:
+                on_output(output)
+            ended_at = time.monotonic()
+            if self._step_log is not None and engine.landed is not None:
+                self._step_log.add(engine.landed, ended_at - began)
 
     def _load(self) -> Engine:
         engine = load_engine(self._folder, self._settings, self.load)

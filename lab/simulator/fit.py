@@ -19,26 +19,34 @@ from typing import Final
 
 from scheduler_svc.cost_model import CostModel
 from weft.errors import SettingsError
+from worker_svc.batch import Work
 
-NUM_CONSTANTS: Final = 5
+NUM_CONSTANTS: Final = 6
 # Of the scaled normal equations; what is smaller than it cannot be told from zero.
 SINGULAR: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A measured step: what `CostModel.step_s` is asked, and what the clock said."""
+    """A measured step: what was computed, and what the clock said."""
 
-    num_new: float
-    num_seen: float
-    num_sequences: float
-    num_context_tokens: float
+    work: Work
     seconds: float
 
     @property
     def terms(self) -> tuple[float, ...]:
         """What the constants are multiplied with, in the order of `CostModel`."""
-        return 1.0, self.num_new, self.num_seen, self.num_context_tokens, self.num_sequences
+        work = self.work
+        return 1.0, work.num_new, work.num_seen, work.num_context_tokens, work.num_sequences, work.num_chunks
+
+    def error(self, cost: CostModel) -> float:
+        """How far the formula is off, as a share of what the clock said; above 0 if it says too much."""
+        return step_s(cost, self.work) / self.seconds - 1
+
+
+def step_s(cost: CostModel, work: Work) -> float:
+    """What the formula says of a step."""
+    return cost.step_s(work.num_new, work.num_seen, work.num_sequences, work.num_context_tokens, work.num_chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +71,9 @@ def fit(steps: Sequence[Step]) -> Fit:
     scaled = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
     best = min(_candidates(scaled), key=lambda constants: _squares(scaled, constants))
     constants = [value / scale for value, scale in zip(best, scales, strict=True)]
-    overhead, token, attention, context, sequence = constants
-    errors = sorted(abs(_dot(row, constants) - 1) for row in rows)
-    return Fit(CostModel(overhead, token, attention, context, sequence), errors[len(errors) // 2], errors[-1])
+    cost = CostModel(*constants)
+    errors = sorted(abs(step.error(cost)) for step in steps)
+    return Fit(cost, errors[len(errors) // 2], errors[-1])
 
 
 def _candidates(rows: Sequence[Sequence[float]]) -> Iterator[list[float]]:
@@ -119,7 +127,7 @@ def splitwise_steps(path: Path) -> dict[str, list[Step]]:
     Raises:
         SettingsError: it cannot be read, or a line makes no sense; names file and line.
     """
-    measured: dict[str, dict[tuple[float, float, float, float], list[float]]]
+    measured: dict[str, dict[Work, list[float]]]
     measured = defaultdict(lambda: defaultdict(list))
     try:
         reader = csv.DictReader(path.read_text().splitlines())
@@ -133,17 +141,16 @@ def splitwise_steps(path: Path) -> dict[str, list[Step]]:
     except (KeyError, TypeError, ValueError) as error:
         raise SettingsError(f"{path}, line {reader.line_num} is not a measurement: {error!r}") from error
     return {
-        name: [Step(*work, seconds=sum(times) / len(times)) for work, times in works.items()]
-        for name, works in measured.items()
+        name: [Step(work, sum(times) / len(times)) for work, times in works.items()] for name, works in measured.items()
     }
 
 
-def _splitwise_row(row: dict[str, str]) -> Iterator[tuple[tuple[float, float, float, float], str]]:
+def _splitwise_row(row: dict[str, str]) -> Iterator[tuple[Work, str]]:
     """The work of its two steps, and their times."""
     prompt, batch, num_new = int(row["prompt_size"]), int(row["batch_size"]), int(row["token_size"])
-    yield (prompt * batch, batch * prompt**2 / 2, 0, 0), row["prompt_time"]
+    yield Work(prompt * batch, batch * prompt**2 / 2, num_chunks=batch), row["prompt_time"]
     # The table has one time for all tokens of an answer: its contexts are half grown on average.
-    yield (0, 0, batch, batch * (prompt + num_new / 2)), row["token_time"]
+    yield Work(num_sequences=batch, num_context_tokens=batch * (prompt + num_new / 2)), row["token_time"]
 
 
 def distserve_cost(path: Path, model: str, num_cards: int) -> CostModel:

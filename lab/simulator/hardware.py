@@ -23,6 +23,7 @@ class Hardware:
     cost: CostModel
     kv_tokens: int  # that fit beside the weights
     kv_bytes_per_token: int
+    spread: tuple[float, ...] = ()  # factors of the formula's times that were measured, each as likely as the others
 
 
 def _flops(
@@ -57,16 +58,17 @@ HARDWARE: Final[dict[str, Hardware]] = {
         kv_bytes_per_token=819_200,
     ),
     # Fitted to splitwise-sim's table of Llama 2 70B at 8-way tensor parallelism by `python -m lab.simulator.fit`.
-    # Decode steps are within 6 % (median 1 %). Prefills are within 32 % (median 23 %): measured time is flat up to
+    # Decode steps are within 7 % (median 2 %). Prefills are within 28 % (median 17 %): measured time is flat up to
     # 512 tokens and has a jump between 2,048 and 4,096, of which the formula knows nothing.
     "h100": Hardware(
         "8 H100 80 GB, Llama 2 70B (Splitwise's measurements)",
         CostModel(
-            overhead_s=0.02969,
-            token_s=0.06225e-3,
-            attention_s=7.494e-9,
-            context_s=0.2019e-6,
-            sequence_s=0.1923e-3,
+            overhead_s=0.02915,
+            token_s=0.02484e-3,
+            attention_s=19.58e-9,
+            context_s=0.3126e-6,
+            sequence_s=0.1456e-3,
+            chunk_s=0.01971,
         ),
         # 90 % of the memory, less the weights' 140 GB.
         kv_tokens=1_330_000,
@@ -107,7 +109,9 @@ def find(name: str) -> Hardware:
     for constant, value in asdict(found.cost).items():
         if value < 0:
             raise SettingsError(f"hardware file {path}: {constant} is below zero")
-    if not found.cost.step_s(1, 1, 1, 1):
+    if found.spread and min(found.spread) <= 0:
+        raise SettingsError(f"hardware file {path}: a factor of spread is not above zero")
+    if not found.cost.step_s(1, 1, 1, 1, 1):
         raise SettingsError(f"hardware file {path}: no work takes any time")
     if found.kv_tokens < 1 or found.kv_bytes_per_token < 1:
         raise SettingsError(f"hardware file {path}: kv_tokens and kv_bytes_per_token must be at least 1")

@@ -48,6 +48,7 @@ class Fleet:
     kv_tokens: int  # that each worker's KV memory holds
     roles: Mapping[WorkerRole, int] = field(default_factory=dict)  # instead of `num_workers` that do both
     sharing: KvSharing | None = None  # None: each worker has only what it computed itself
+    spread: tuple[float, ...] = ()  # factors of the formula's times, for each step one by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +285,7 @@ def _make_workers(fleet: Fleet, block_size: int) -> list[SimWorker]:
             num_blocks=max(1, fleet.kv_tokens // block_size),
             block_size=block_size,
             role=role,
+            spread=fleet.spread,
         )
         for role, count in roles.items()
         for i in range(count)

@@ -88,6 +88,7 @@ def make_setup(trace: Trace, preset: Preset, num_workers: int, knobs: Knobs) -> 
             kv_tokens=knobs.kv_tokens or knobs.hardware.kv_tokens,
             roles=knobs.roles or Counter(preset.roles_of(num_workers)),
             sharing=sharing,
+            spread=knobs.hardware.spread,
         ),
         names=PolicyNames(**preset.policies).with_changes(changes),
         maker=PolicyMaker(

@@ -1,15 +1,17 @@
 """A worker without a model: the shipping `plan_step` and `BlockPool`, and a formula instead of a forward pass.
 
-Steps in which every sequence gets one token and nothing else can happen are alike but for the length of the contexts,
-so as many as there are until something can are planned as one.
+Steps in which every sequence gets one token, but for one that computes as much of its prompt as the budget holds, are
+alike but for the length of the contexts. As many as there are until anything else can happen are planned as one.
 """
 
 from __future__ import annotations
 
+import random
 from bisect import insort
 from dataclasses import dataclass, field
 from typing import Final, cast
 
+from lab.simulator.fit import step_s
 from lab.simulator.record import Record
 from scheduler_svc.cost_model import CostModel
 from weft.columns import pack_u32, split_hashes
@@ -77,9 +79,21 @@ class SimWorker:
     """One replica. Its owner wakes it when a run has ended, and gives it requests at any time."""
 
     def __init__(
-        self, name: str, cost: CostModel, limits: Limits, *, num_blocks: int, block_size: int, role: WorkerRole = "both"
+        self,
+        name: str,
+        cost: CostModel,
+        limits: Limits,
+        *,
+        num_blocks: int,
+        block_size: int,
+        role: WorkerRole = "both",
+        spread: tuple[float, ...] = (),
     ) -> None:
-        """A worker that shares no KV; `share_kv` makes it one that does."""
+        """A worker that shares no KV; `share_kv` makes it one that does.
+
+        Args:
+            spread: factors of the formula's times, of which each step takes one by chance; none: all are exact.
+        """
         self.name = name
         self.cost = cost
         self.pool = BlockPool(num_blocks, block_size)
@@ -95,6 +109,8 @@ class SimWorker:
         self._exchange = KvExchange(self.pool, kv_load="auto", kv_offload="never", block_bytes=1)
         self._reported: tuple[int, ...] = ()
         self._limits = limits
+        self._spread = spread
+        self._chance = random.Random(name)
         self._num_arrived = 0
         self._num_accepted = 0
         self._kv_sequence = 0
@@ -183,20 +199,20 @@ class SimWorker:
                 record.num_cached_tokens = min(sequence.num_cached_tokens, sequence.num_prompt_tokens)
         if not plan.num_scheduled_tokens:
             return None, rejected
-        num_new, num_seen, num_decodes, num_context = 0, 0.0, 0, 0
         prefill: dict[Sequence, int] = {}
-        for sequence, count in plan.num_scheduled_tokens.items():
-            computed = sequence.num_computed_tokens
-            if count == 1 and sequence.num_uncomputed_tokens == 1:
-                num_decodes += 1
-                num_context += computed + 1
-            else:
-                prefill[sequence] = count
-                num_new += count
-                num_seen += count * (computed + 0.5 * count)
-        first_s = self.cost.step_s(num_new, num_seen, num_decodes, num_context)
-        num_steps = 1 if prefill or plan.preempted else self._num_alike(plan)
-        self.run = Run(plan, now, num_steps, first_s, self.cost.context_s * num_decodes, prefill)
+        work = plan.work()
+        if work.num_chunks:
+            scheduled = plan.num_scheduled_tokens.items()
+            prefill = {sequence: count for sequence, count in scheduled if sequence.num_uncomputed_tokens > 1}
+        first_s = step_s(self.cost, work)
+        growth_s = self.cost.context_s * work.num_sequences
+        if prefill:
+            growth_s += self.cost.attention_s * work.num_new**2
+        if self._spread:
+            first_s *= self._chance.choice(self._spread)
+        # No two steps are alike where chance has a say.
+        num_steps = 1 if self._spread else self._num_alike(plan, prefill)
+        self.run = Run(plan, now, num_steps, first_s, growth_s, prefill)
         return self.run.end_of(num_steps), rejected
 
     def cut(self, now: float) -> float:
@@ -217,13 +233,12 @@ class SimWorker:
         self.busy_s += seconds
         self.num_steps += count
         for sequence, num_tokens in run.plan.num_scheduled_tokens.items():
-            is_prefill = sequence in run.prefill
-            sequence.num_computed_tokens += num_tokens if is_prefill else count
-            record = self._records[sequence]
-            if is_prefill:
-                record.prefilled_s += self.cost.prefill_s(
-                    sequence.num_computed_tokens, sequence.num_computed_tokens - num_tokens
-                )
+            record, before = self._records[sequence], sequence.num_computed_tokens
+            # Of a decode the number is one.
+            sequence.num_computed_tokens += num_tokens * count
+            if sequence in run.prefill:
+                record.prefilled_s += self.cost.prefill_s(sequence.num_computed_tokens, before)
+                self._hold(sequence)
             self._extend_hashes(sequence)
             if sequence.num_committed_blocks < len(sequence.hashes):
                 commit_blocks(sequence, self.pool)
@@ -246,25 +261,36 @@ class SimWorker:
         self._rate(run, seconds)
         return outcome
 
+    def _hold(self, sequence: Sequence) -> None:
+        """Give a sequence the blocks that it filled in steps after the first of a run."""
+        missing = self.pool.blocks_for(sequence.num_computed_tokens) - len(sequence.block_table)
+        if missing > 0:
+            sequence.block_table += self.pool.allocate(missing)
+
     def _extend_hashes(self, sequence: Sequence) -> None:
         """Name the full blocks beyond those that prompts share: nobody else has them."""
         num_full = sequence.num_known_tokens // self.pool.block_size
         for number in range(len(sequence.hashes), num_full):
             sequence.hashes.append(BlockHash(f"{sequence.request.request_id}/{number}".encode().ljust(HASH_BYTES)))
 
-    def _num_alike(self, plan: StepPlan) -> int:
-        """Steps from this one on in which the same sequences get one token each, and nobody else can start."""
+    def _num_alike(self, plan: StepPlan, prefill: dict[Sequence, int]) -> int:
+        """Steps from this one on in which the same sequences compute as many tokens, and nobody else can start."""
         sequences = plan.num_scheduled_tokens
-        if len(sequences) < len(self.running):
+        if plan.preempted or len(sequences) < len(self.running) or len(prefill) > 1:
             return 1
-        size = self.pool.block_size
-        return max(
-            1,
-            min(
-                min(sequence.end_length - len(sequence.token_ids) for sequence in sequences),
-                min(len(sequence.block_table) * size - sequence.num_computed_tokens for sequence in sequences),
-            ),
-        )
+        size, most = self.pool.block_size, []
+        for sequence, count in prefill.items():
+            if sum(sequences.values()) < self._limits.max_num_batched_tokens:
+                return 1
+            # The last piece of a prompt leaves something of the budget to others, and ends in a token.
+            most.append((sequence.num_uncomputed_tokens - 1) // count)
+            room = (len(sequence.block_table) + self.pool.num_free_blocks) * size
+            most.append((room - sequence.num_computed_tokens) // count)
+        for sequence in sequences:
+            if sequence not in prefill:
+                most.append(sequence.end_length - len(sequence.token_ids))
+                most.append(len(sequence.block_table) * size - sequence.num_computed_tokens)
+        return max(1, min(most))
 
     def _end(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -2,7 +2,7 @@ import pytest
 
 from tests.support.batches import counts, make_simulation
 from weft.hashing import BLOCK_SIZE
-from worker_svc.batch import POLICIES
+from worker_svc.batch import POLICIES, Work, plan_step
 from worker_svc.sequence import State
 
 
@@ -182,3 +182,19 @@ def test_reservation_that_can_never_fit_says_what_it_wants() -> None:
     simulation = make_simulation([(20, 2)], reserve="reserve_max", max_model_len=128, num_blocks=4)
     (_, error), *_ = simulation.step().rejected
     assert "128 tokens are more than this worker's KV memory holds (64 tokens)" in error.message
+
+
+def test_work_of_a_step_counts_prompts_and_decodes_apart() -> None:
+    simulation = make_simulation([(10, 9), (100, 9)])
+    works = []
+    for _ in range(3):
+        plan = plan_step(simulation.waiting, simulation.running, simulation.pool, simulation.limits, 0.0)
+        works.append(plan.work())
+        for sequence, count in plan.num_scheduled_tokens.items():
+            sequence.num_computed_tokens += count
+            if not sequence.num_uncomputed_tokens:
+                sequence.token_ids.append(0)
+
+    assert works[0] == Work(64, 10 * 5 + 54 * 27, num_chunks=2)
+    assert works[1] == Work(46, 46 * (54 + 23), 1, 11, 1)
+    assert works[2] == Work(num_sequences=2, num_context_tokens=12 + 101)

@@ -1,6 +1,7 @@
 import math
 import queue
 import random
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -8,12 +9,16 @@ import pytest
 from tests.support.engine_requests import DIGEST, make_folder, make_request, make_settings
 from tests.support.engine_runs import Record, run, step
 from tests.support.token_runner import NOTHING, TokenRunner
+from weft import model_folder
 from weft.columns import pack_u32
 from weft.errors import InvalidRequest
 from weft.hashing import block_hashes, chain_root
 from weft.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, SamplingParams
+from weft.settings import WorkerSettings, load
+from worker_svc.batch import Work
 from worker_svc.engine import Engine, Rate
 from worker_svc.engine_io import Add, BlocksLoaded, BlocksOffloaded, Drop, LoadWanted, Progress, StepOutput
+from worker_svc.step_log import read_steps
 from worker_svc.torch_engine import TorchEngine
 
 EOS = 2
@@ -94,6 +99,20 @@ def test_preempted_sequences_keep_their_tokens() -> None:
     assert engine.load.num_preemptions > 0
     for i, prompt in enumerate(prompts):
         assert record.tokens(f"r{i}", i) == runner.greedy(prompt, 60)
+
+
+def test_a_step_says_what_the_tokens_that_it_brought_took(overlaps: bool) -> None:
+    engine, _ = make_engine()
+    engine.apply(add(prompt_of(100)))
+    landed = []
+    while engine.has_work:
+        engine.step()
+        landed.append(engine.landed)
+
+    works = [work for work in landed if work is not None]
+    assert landed[0] is None if overlaps else landed[0] == Work(64, 64 * 32, num_chunks=1)
+    assert works[1] == Work(36, 36 * (64 + 18), num_chunks=1)
+    assert [(work.num_sequences, work.num_context_tokens) for work in works[2:9]] == [(1, 101 + i) for i in range(7)]
 
 
 def told(record: Record, kind: str) -> list[Progress]:
@@ -682,3 +701,19 @@ def test_length_is_foreseen_so_that_nothing_is_computed_for_nothing() -> None:
     engine, runner = make_engine()
     run(engine, [add(prompt_of(5), sampling=greedy(4))])
     assert len(runner.steps) == 4
+
+
+def test_a_worker_writes_its_steps_down(tmp_path: Path) -> None:
+    settings = load(WorkerSettings, ["--model", "tales-1m", "--step-log", str(tmp_path / "steps")], {}, prog="test")
+    engine = TorchEngine(model_folder.read(settings.model), settings)
+    done: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+    engine.start(done.put)
+    engine.submit(Add(make_request(prompt_of(20), sampling=greedy(3))))
+    while not done.get(timeout=30).ended:
+        pass
+    engine.stop()
+
+    steps = list(read_steps(tmp_path / "steps" / "worker.csv"))
+
+    assert [work for work, _ in steps] == [Work(20, 200, num_chunks=1), Work(0, 0, 1, 21), Work(0, 0, 1, 22)]
+    assert all(seconds > 0 for _, seconds in steps)

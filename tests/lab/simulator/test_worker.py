@@ -64,18 +64,22 @@ def play(worker: SimWorker, asked: list[Asked], *, step_by_step: bool = False) -
     return ended
 
 
-def workload(seed: int) -> list[Asked]:
+def workload(seed: int, longest: int = 600) -> list[Asked]:
     chance = random.Random(seed)
-    return [ask(i, chance.uniform(0, 2), chance.randrange(1, 600), chance.randrange(1, 80)) for i in range(30)]
+    return [ask(i, chance.uniform(0, 2), chance.randrange(1, longest), chance.randrange(1, 80)) for i in range(30)]
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("num_blocks", [1000, 60], ids=["ample memory", "preemptions"])
-def test_runs_that_arrivals_cut_short_give_what_single_steps_give(seed: int, num_blocks: int) -> None:
+@pytest.mark.parametrize(
+    ("num_blocks", "longest"),
+    [(1000, 600), (60, 600), (3000, 5000), (400, 5000)],
+    ids=["ample memory", "preemptions", "long prompts", "long prompts and preemptions"],
+)
+def test_runs_that_arrivals_cut_short_give_what_single_steps_give(seed: int, num_blocks: int, longest: int) -> None:
     runs, steps = make_worker(num_blocks=num_blocks), make_worker(num_blocks=num_blocks)
 
-    in_runs = play(runs, workload(seed))
-    in_steps = play(steps, workload(seed), step_by_step=True)
+    in_runs = play(runs, workload(seed, longest))
+    in_steps = play(steps, workload(seed, longest), step_by_step=True)
 
     assert [record.request_id for record in in_runs] == [record.request_id for record in in_steps]
     assert (runs.num_steps, runs.num_preemptions) == (steps.num_steps, steps.num_preemptions)
@@ -110,6 +114,35 @@ def test_gaps_between_tokens_are_the_formula_and_grow_with_the_context() -> None
     gaps = [COST.step_s(0, 0, 1, context) for context in (101, 102, 103)]
     assert sum(gap * count for gap, count in record.gaps) == pytest.approx(sum(gaps))
     assert record.mean_gap_s() == pytest.approx(gaps[1])
+
+
+def test_chunks_of_one_prompt_beside_decodes_are_planned_as_one_run() -> None:
+    worker = make_worker()
+    short, long = ask(0, 0.0, 10, 60), ask(1, 0.0, 2000, 5)
+    worker.take(short.request, short.record, None)
+    now, _ = worker.begin(0.0)
+    assert now is not None
+    worker.finish(now)
+    worker.take(long.request, long.record, None)
+    worker.begin(now)
+
+    # Seven pieces of 255 tokens, and the eighth leaves something of the budget.
+    assert worker.run is not None and worker.run.num_steps == 7
+    worker.finish(worker.run.end_of(7))
+    assert [sequence.num_uncomputed_tokens for sequence in worker.running] == [1, 2000 - 7 * 255]
+    worker.pool.check(tables=[sequence.block_table for sequence in worker.running])
+
+
+def test_times_spread_around_the_formula_as_they_are_said_to() -> None:
+    limits = Limits(8, 256)
+    worker = SimWorker("w", COST, limits, num_blocks=1000, block_size=16, spread=(0.5, 1.5))
+
+    [record] = play(worker, [ask(0, 0.0, 100, 200)])
+
+    exact = [COST.step_s(0, 0, 1, 100 + number) for number in range(1, 200)]
+    factors = [gap / one for (gap, _), one in zip(record.gaps, exact, strict=True)]
+    assert {round(factor, 6) for factor in factors} == {0.5, 1.5}
+    assert 70 < sum(factor > 1 for factor in factors) < 130
 
 
 def test_a_prompt_that_is_cached_whole_has_its_first_token_after_one_step() -> None:
