@@ -30,7 +30,7 @@ AMPLE_TOKENS: Final = 1_000_000
 BLOCK_SIZE: Final = 16
 # Seconds below which a difference in the time to the first token is noise: a step or two.
 FLOOR_S: Final = 0.1
-START: Final = CostModel(0.02, 5e-5, 1e-9, 5e-8, 1e-4)
+START: Final = CostModel(0.02, 5e-5, 1e-9, 5e-8, 1e-4, 1e-3)
 NUM_ROUNDS: Final = 8
 
 Array = npt.NDArray[np.float64]
