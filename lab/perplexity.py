@@ -22,7 +22,7 @@ from weft import model_folder
 from weft.hashing import BLOCK_SIZE
 from weft.model_folder import BUNDLED, ModelFolder
 from weft.settings import ModelSettings
-from worker_svc.runner import Runner
+from worker_svc.runner import Runner, load_runner
 from worker_svc.step_input import StepInput
 
 WINDOW: Final = 512
@@ -68,7 +68,7 @@ def main() -> None:
 
 def load(folder: ModelFolder, kind: Kind, device: str = "cpu", threads: int = 1) -> Runner:
     """A runner with room for one window."""
-    return Runner(
+    return load_runner(
         folder, device=device, dtype=kind.dtype, quantize=kind.quantize, threads=threads, kv_memory=64 * 2**20
     )
 

@@ -146,6 +146,10 @@ class EngineLoad:
     failure: Exception | None = None  # what ended the engine's thread; the process should end too
     cached_hashes: Callable[[], list[BlockHash]] = field(default=list)
 
+    def on_progress(self, share: float) -> None:
+        """So much of the weights is loaded. Mutates self."""
+        self.loaded = share
+
 
 class EngineThread(Protocol):
     """An engine as the service sees it; `TorchEngine` and `NullEngine` are two."""

@@ -1,4 +1,4 @@
-"""One model on one device: weights, KV blocks, and the forward pass of one engine step.
+"""One model on one device: KV blocks beside its weights, and the forward pass of one engine step.
 
 Knows tokens, positions and slots; what they belong to, and why, is the engine's business.
 """
@@ -6,42 +6,33 @@ Knows tokens, positions and slots; what they belong to, and why, is the engine's
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
-from weft.errors import DecodeError, SettingsError
+from weft.errors import DecodeError
 from weft.hashing import BLOCK_SIZE
 from weft.model_folder import ModelFolder
-from worker_svc.backends.backend import Backend, Batch, with_ends
+from worker_svc.backends.backend import Batch, with_ends
 from worker_svc.backends.numba_backend import NumbaBackend
 from worker_svc.backends.recorded_steps import RecordedSteps
 from worker_svc.backends.torch_backend import TorchBackend
-from worker_svc.cpu_kernels.launch import IS_AVAILABLE
+from worker_svc.loaded_model import LoadedModel, count_threads, load_model
 from worker_svc.memory import count_blocks, free_bytes, kv_bytes
-from worker_svc.models import read_spec
-from worker_svc.models.decoder import Decoder, asked_by
-from worker_svc.models.loader import Loader
 from worker_svc.parallel.group import ALONE, Group
-from worker_svc.parallel.share import share_of
 from worker_svc.sampler import Sampler
-from worker_svc.source import open_source, resolve_quantize
 from worker_svc.step_input import StepInput
-from worker_svc.threads import Threads, resolve_threads
+from worker_svc.threads import Threads
 
 if TYPE_CHECKING:
     from worker_svc.device_sampler import DeviceSampler
 
 log = logging.getLogger(__name__)
 
-# What torch would use by itself: the cores that this process may use. Read before anyone changes it.
-DEFAULT_THREADS: Final = torch.get_num_threads()
 # Rows that a step is recorded for, and how many of them have logits; larger ones have enough to do.
 MAX_RECORDED_ROWS: Final = 256
 MAX_RECORDED_ENDS: Final = 64
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelRunner(Protocol):
@@ -81,71 +72,51 @@ class KnownSteps(Protocol):
 
 
 class Runner:
-    """A loaded model with its KV cache."""
+    """A loaded model, which others may use as well, with a KV cache of its own."""
 
     def __init__(
         self,
-        folder: ModelFolder,
+        model: LoadedModel,
         *,
-        device: str,
-        dtype: str,
         kv_memory: int | float,
         threads: int,
-        kernels: str = "auto",
-        quantize: str = "none",
         more_block_bytes: int = 0,
-        on_progress: Callable[[float], None] = lambda share: None,
-        group: Group = ALONE,
         agree: Callable[[int], int] = lambda num_blocks: num_blocks,
     ) -> None:
-        """Load the weights and allocate the KV cache.
+        """Allocate the KV cache.
 
         Args:
-            device: "auto", "cpu" or "cuda".
-            dtype: of weights and KV; "auto" is float32 on the CPU, else what the config says; "int8" is "auto" with
-                linears of int8.
             kv_memory: as `memory.kv_bytes` wants it.
             threads: of the CPU for a large step; 0 leaves the mesh its share.
-            kernels: "torch", "triton" or "numba"; "auto" is Triton on a GPU, numba on a CPU in float32.
-            quantize: "int8", "int4" or "fp8", which float weights of linears become, or "none".
             more_block_bytes: that another model needs for each block, out of the same memory.
-            on_progress: called with the share of the weights loaded so far.
-            group: whose rank this is; it has a share of the model, of every block, and of memory and threads.
             agree: given the blocks that this rank has room for, returns how many all ranks have.
 
         Raises:
-            SettingsError: names what in the folder or the settings does not work.
+            SettingsError: there is no room for a request.
         """
-        self._group = group
-        self.device = resolve_device(device, group.rank if group.size > 1 else None)
-        dtype, quantize = resolve_quantize(dtype, quantize)
-        self._dtype = resolve_dtype(dtype, folder, self.device)
-        max_threads = max(1, resolve_threads(threads, DEFAULT_THREADS) // group.size)
+        folder, spec, cache = model.folder, model.spec, model.cache
+        self.device = model.device
+        self._dtype, self._backend, self._decoder = model.dtype, model.backend, model.decoder
+        self._group_size = model.group.size
+        max_threads = count_threads(threads, model.group)
         torch.set_num_threads(max_threads)
-        spec = read_spec(folder)
-        self._backend = make_backend(kernels, self.device, self._dtype)
-        with torch.inference_mode(), open_source(folder, self._backend, quantize, on_progress) as source:
-            asked = asked_by(spec, self._backend)
-            source.check(asked)
-            mine = share_of(spec, group.size)
-            self._decoder = Decoder(mine, Loader(source, self._backend, quantize, group), self._backend)
         self._kinds = frozenset(spec.attention_kinds)
         self.vocab_size = spec.vocab_size
-        cache = mine.cache
         self._key_bytes = cache.num_heads * cache.width * self._dtype.itemsize
         self.block_bytes = spec.num_layers * BLOCK_SIZE * self._key_bytes
         request_bytes = -(-folder.max_model_len // BLOCK_SIZE) * self.block_bytes
-        budget = kv_bytes(kv_memory, free_bytes(self.device), request_bytes, self.device, group.size)
+        budget = kv_bytes(kv_memory, free_bytes(self.device), request_bytes, self.device, self._group_size)
         self.num_blocks = agree(count_blocks(budget, self.block_bytes + more_block_bytes))
         self._longest = folder.max_model_len
         self.layout = (
-            f"weft kv 1: {str(self._dtype).removeprefix('torch.')}, quantize {quantize}, {spec.num_layers} layers, "
-            f"{cache.content}, {spec.cache.num_heads} heads, {BLOCK_SIZE} slots of {cache.width}"
+            f"weft kv 1: {str(self._dtype).removeprefix('torch.')}, quantize {model.quantize}, "
+            f"{spec.num_layers} layers, {cache.content}, {spec.cache.num_heads} heads, {BLOCK_SIZE} slots of "
+            f"{cache.width}"
         ).encode()
         self._cache_shape = (spec.num_layers, cache.num_heads, cache.width)
         self.resize(self.num_blocks)
-        num_weights = sum(rows * columns for rows, columns in asked.linears.values()) // group.size
-        self._threads = Threads(max_threads, num_weights, self.block_bytes // (BLOCK_SIZE * self._dtype.itemsize))
+        num_cached = self.block_bytes // (BLOCK_SIZE * self._dtype.itemsize)
+        self._threads = Threads(max_threads, model.num_weights, num_cached)
         log.info(
             "model loaded",
             extra={
@@ -207,7 +178,7 @@ class Runner:
 
         has_latents = any(kind.value_dim is not None for kind in self._kinds)
         if isinstance(self._backend, NumbaBackend):
-            if has_latents or self._group.size > 1:
+            if has_latents or self._group_size > 1:
                 return None
             windows = {kind.window for kind in self._kinds}
             steps = RecordedSteps(forward, windows, MAX_RECORDED_ROWS, MAX_RECORDED_ENDS)
@@ -258,47 +229,29 @@ class Runner:
         return self._kv_cache.view(-1, self.num_blocks, BLOCK_SIZE * width)
 
 
-def make_backend(kernels: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that `kernels` names. Raises SettingsError if the device cannot run it."""
-    if device.type == "cpu" and kernels == "auto":
-        kernels = "numba" if dtype == torch.float32 and IS_AVAILABLE else "torch"
-    if kernels == "numba":
-        return _numba_backend(device, dtype)
-    if kernels == "torch":
-        return TorchBackend(device, dtype)
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise SettingsError("kernels: triton needs a GPU (or TRITON_INTERPRET=1, to try kernels on a CPU)")
-    # Triton is there only where it is used.
-    from worker_svc.backends.triton_backend import TritonBackend
-
-    return TritonBackend(device, dtype)
-
-
-def _numba_backend(device: torch.device, dtype: torch.dtype) -> NumbaBackend:
-    if device.type != "cpu" or dtype != torch.float32:
-        raise SettingsError("kernels: numba computes in float32 on a CPU")
-    if not IS_AVAILABLE:
-        raise SettingsError("kernels: numba needs a torch that computes with OpenMP")
-    return NumbaBackend(device, dtype)
-
-
-def resolve_device(device: str, rank: int | None = None) -> torch.device:
-    """`rank`: which of several GPUs; None for the one there is. Raises SettingsError if it is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device: cuda is not available on this machine")
-    if device == "cuda" and rank is not None:
-        torch.cuda.set_device(rank)
-        return torch.device(device, rank)
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, folder: ModelFolder, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on the CPU, where half types are slower than half the bytes make up for; else the config's."""
-    if dtype != "auto":
-        return DTYPES[dtype]
-    if device.type == "cpu":
-        return torch.float32
-    named = folder.config.get("dtype") or folder.config.get("torch_dtype")
-    return DTYPES.get(str(named), torch.bfloat16)
+def load_runner(
+    folder: ModelFolder,
+    *,
+    device: str,
+    dtype: str,
+    kv_memory: int | float,
+    threads: int,
+    kernels: str = "auto",
+    quantize: str = "none",
+    more_block_bytes: int = 0,
+    on_progress: Callable[[float], None] = lambda share: None,
+    group: Group = ALONE,
+    agree: Callable[[int], int] = lambda num_blocks: num_blocks,
+) -> Runner:
+    """A runner of a model that nobody else uses. Arguments and errors are those of `load_model` and of `Runner`."""
+    model = load_model(
+        folder,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        kernels=kernels,
+        quantize=quantize,
+        on_progress=on_progress,
+        group=group,
+    )
+    return Runner(model, kv_memory=kv_memory, threads=threads, more_block_bytes=more_block_bytes, agree=agree)

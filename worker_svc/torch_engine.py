@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 import threading
@@ -14,11 +13,13 @@ from queue import Empty, SimpleQueue
 from weft import model_folder
 from weft.errors import SettingsError
 from weft.hashing import BLOCK_SIZE
-from weft.model_folder import BUNDLED, ModelFolder
+from weft.model_folder import ModelFolder
 from weft.settings import WorkerSettings
 from worker_svc.draft_model import DraftModel, Foresight
 from worker_svc.engine import Engine
 from worker_svc.engine_io import Command, EngineLoad, StepOutput
+from worker_svc.engine_models import EngineModels, load_models
+from worker_svc.loaded_model import LoadedModel
 from worker_svc.memory import MIN_BLOCKS
 from worker_svc.parallel.leader import ParallelRunner
 from worker_svc.runner import ModelRunner, Runner
@@ -30,25 +31,41 @@ from worker_svc.step_log import StepLog
 log = logging.getLogger(__name__)
 
 
-def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad | None = None) -> Engine:
+def load_engine(
+    folder: ModelFolder,
+    settings: WorkerSettings,
+    load: EngineLoad | None = None,
+    models: EngineModels | None = None,
+) -> Engine:
     """Load the model and warm it up.
 
     Args:
         load: numbers for the engine to keep up to date.
+        models: for these settings, loaded and warmed up before; None to load them.
 
     Raises:
         SettingsError: names what in the folder or the settings does not work.
         Unavailable: another rank of this worker ended.
     """
     load = EngineLoad() if load is None else load
-    digest = model_folder.digest(folder)
-    drafter = load_drafter(folder, settings) if settings.speculation == "draft" else None
-    runner = make_runner(folder, settings, load, 0 if drafter is None else drafter.block_bytes)
+    # What torch does once has been done with models that were loaded before.
+    num_warm_up_tokens = settings.max_num_batched_tokens if models is None else 1
+    runner: ModelRunner
+    drafter = None
+    if settings.tensor_parallel > 1:
+        digest = model_folder.digest(folder)
+        runner = _load_ranks(folder, settings, load)
+    else:
+        models = load_models(folder, settings, load.on_progress) if models is None else models
+        digest = models.digest
+        drafter = None if models.draft is None else make_drafter(models.draft, settings)
+        runner = _make_runner(models.target, settings, 0 if drafter is None else drafter.block_bytes)
+    load.loaded = 1.0
     loaded_at = time.monotonic()
-    warm_up(runner, settings.max_num_batched_tokens)
+    warm_up(runner, num_warm_up_tokens)
     if drafter is not None:
         drafter.resize(runner.num_blocks)
-        warm_up(drafter, settings.max_num_batched_tokens)
+        warm_up(drafter, num_warm_up_tokens)
     load.warm_up_s = time.monotonic() - loaded_at
     overlaps = runner.device.type == "cuda"
     sampler = runner.make_sampler()
@@ -64,66 +81,24 @@ def load_engine(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad 
     )
 
 
-def make_runner(
-    folder: ModelFolder, settings: WorkerSettings, load: EngineLoad, more_block_bytes: int = 0
-) -> ModelRunner:
-    """The model on as many devices as the settings say; `load` hears how far it is, and of a rank that is lost."""
-
-    def on_progress(share: float) -> None:
-        load.loaded = share
+def _load_ranks(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad) -> ParallelRunner:
+    """The model on several devices; `load` hears how far it is, and of a rank that is lost."""
 
     def on_lost(error: Exception) -> None:
         load.failure = error
 
-    if settings.tensor_parallel > 1:
-        return ParallelRunner(folder, settings, on_progress=on_progress, on_lost=on_lost)
-    return Runner(
-        folder,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_memory=settings.kv_memory,
-        threads=settings.threads,
-        kernels=settings.kernels,
-        quantize=settings.quantize,
-        more_block_bytes=more_block_bytes,
-        on_progress=on_progress,
-    )
-
-
-def load_drafter(target: ModelFolder, settings: WorkerSettings) -> Runner:
-    """The draft model, with as few blocks as there can be: how many it needs is known when the target is loaded.
-
-    Raises:
-        SettingsError: there is none, or it does not go with the target.
-    """
-    if settings.tensor_parallel > 1:
+    if settings.speculation == "draft":
         raise SettingsError("speculation: draft works on one device, and tensor_parallel is more")
-    folder = find_draft_folder(target, settings)
-    return Runner(
-        folder,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_memory=settings.kv_memory,
-        threads=settings.threads,
-        kernels=settings.kernels,
-        agree=lambda num_blocks: MIN_BLOCKS,
-    )
+    return ParallelRunner(folder, settings, on_progress=load.on_progress, on_lost=on_lost)
 
 
-def find_draft_folder(target: ModelFolder, settings: WorkerSettings) -> ModelFolder:
-    """Raises SettingsError as `load_drafter`."""
-    name = settings.draft_model
-    if not name and target.path.resolve() == (BUNDLED / "tales-6m").resolve():
-        name = "tales-1m"
-    if not name:
-        raise SettingsError(f"draft_model: which model drafts for {target.name} must be said")
-    folder = model_folder.read(dataclasses.replace(settings.model, model=name, served_name="", max_model_len=0))
-    if folder.vocab_size != target.vocab_size:
-        raise SettingsError(
-            f"draft_model: {folder.name} has {folder.vocab_size} tokens and {target.name} {target.vocab_size}, so one "
-            "cannot draft for the other"
-        )
-    return folder
+def _make_runner(model: LoadedModel, settings: WorkerSettings, more_block_bytes: int) -> Runner:
+    return Runner(model, kv_memory=settings.kv_memory, threads=settings.threads, more_block_bytes=more_block_bytes)
+
+
+def make_drafter(model: LoadedModel, settings: WorkerSettings) -> Runner:
+    """With as few blocks as there can be: how many it needs is known when the target has its own."""
+    return Runner(model, kv_memory=settings.kv_memory, threads=settings.threads, agree=lambda num_blocks: MIN_BLOCKS)
 
 
 def make_speculation(
@@ -154,9 +129,11 @@ def warm_up(runner: ModelRunner, max_num_batched_tokens: int) -> None:
 class TorchEngine:
     """A thread around `Engine`."""
 
-    def __init__(self, folder: ModelFolder, settings: WorkerSettings) -> None:
+    def __init__(self, folder: ModelFolder, settings: WorkerSettings, models: EngineModels | None = None) -> None:
+        """`models`: as `load_engine`."""
         self._folder = folder
         self._settings = settings
+        self._models = models
         self._step_log: StepLog | None = None
         self._inbox: SimpleQueue[Command | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -225,7 +202,7 @@ class TorchEngine:
                 self._step_log.add(engine.landed, ended_at - began)
 
     def _load(self) -> Engine:
-        engine = load_engine(self._folder, self._settings, self.load)
+        engine = load_engine(self._folder, self._settings, self.load, self._models)
         self.layout, self.block_bytes = engine.layout, engine.block_bytes
         # What is loaded by now stays: the collector need not look at it again.
         gc.collect()

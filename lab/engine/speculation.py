@@ -27,10 +27,11 @@ from weft.model_folder import BUNDLED, ModelFolder
 from weft.settings import MeshSettings, ModelSettings, WorkerSettings
 from worker_svc.engine import Engine
 from worker_svc.engine_io import Add
-from worker_svc.runner import Runner
+from worker_svc.engine_models import load_draft
+from worker_svc.runner import Runner, load_runner
 from worker_svc.sampler import Drafts, Sampler, Sampling
 from worker_svc.sequence import Sequence
-from worker_svc.torch_engine import load_drafter, make_speculation
+from worker_svc.torch_engine import make_drafter, make_speculation
 
 ROUNDS: Final = 4
 NUM_TOKENS: Final = 250
@@ -89,7 +90,7 @@ class Bench:
 
     def __init__(self, model: ModelFolder, kinds: Ordered[str]) -> None:
         self._settings = WorkerSettings(MeshSettings(), ModelSettings(), kv_offload="never")
-        runner = Runner(model, device="cpu", dtype="float32", kv_memory=2**28, threads=0)
+        runner = load_runner(model, device="cpu", dtype="float32", kv_memory=2**28, threads=0)
         self._samplers = {kind: Scripted() for kind in kinds}
         self._engines = {kind: self._make_engine(kind, model, runner) for kind in kinds}
         self._model = model
@@ -150,7 +151,7 @@ class Bench:
         own = copy.copy(runner)
         own.resize(runner.num_blocks)
         settings = replace(self._settings, speculation=kind, speculation_tokens=MAX_LENGTH)
-        drafter = load_drafter(model, settings) if kind == "draft" else None
+        drafter = make_drafter(load_draft(model, settings), settings) if kind == "draft" else None
         if drafter is not None:
             drafter.resize(runner.num_blocks)
         return Engine(

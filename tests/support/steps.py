@@ -16,7 +16,7 @@ import torch
 from weft import model_folder
 from weft.hashing import BLOCK_SIZE
 from weft.settings import ModelSettings
-from worker_svc.runner import Runner
+from worker_svc.runner import Runner, load_runner
 from worker_svc.step_input import StepInput
 
 # Of each step: sequence index -> how many more of its tokens are computed.
@@ -27,7 +27,7 @@ def make_runner(folder: Path, *, max_model_len: int = 0, **changes: Any) -> Runn
     """A runner on one CPU thread with a megabyte of KV."""
     arguments: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_memory": 2**20, "threads": 1}
     settings = ModelSettings(model=str(folder), max_model_len=max_model_len)
-    return Runner(model_folder.read(settings), **(arguments | changes))
+    return load_runner(model_folder.read(settings), **(arguments | changes))
 
 
 class Driver:

@@ -18,7 +18,7 @@ from worker_svc.dummy import STD, DummyWeights
 from worker_svc.formats import read_format
 from worker_svc.formats.format import FLOATS
 from worker_svc.quantization import Fp8Weight, Int4Weight, Int8Weight, dequantize, in_float
-from worker_svc.runner import Runner
+from worker_svc.runner import load_runner
 
 TOKENS = [(7 * i + 3) % 128 for i in range(45)]
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def dummy(folder: Path) -> model_folder.ModelFolder:
 
 
 def greedy(folder: Path, **settings: Any) -> torch.Tensor:
-    runner = Runner(
+    runner = load_runner(
         dummy(folder), **({"device": "cpu", "dtype": "float32", "kv_memory": 2**20, "threads": 1} | settings)
     )
     (logits,) = Driver(runner, [TOKENS]).play([{0: 45}])

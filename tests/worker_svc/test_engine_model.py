@@ -17,7 +17,7 @@ from weft.model_folder import ModelFolder
 from weft.settings import ModelSettings
 from worker_svc.engine import Engine
 from worker_svc.engine_io import Add, BlocksLoaded, Drop, StepOutput
-from worker_svc.runner import Runner
+from worker_svc.runner import load_runner
 from worker_svc.torch_engine import TorchEngine
 
 COUNT = 24
@@ -53,7 +53,7 @@ def expected(folder: ModelFolder, prompts: list[list[int]]) -> list[list[int]]:
 
 def make_engine(folder: ModelFolder, *, num_blocks: int = 64, **changes: object) -> Engine:
     settings = make_settings(**changes)
-    runner = Runner(
+    runner = load_runner(
         folder,
         device="cpu",
         dtype="float32",

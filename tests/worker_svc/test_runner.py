@@ -13,8 +13,9 @@ from tests.support.steps import Driver, make_runner, mixed, one_after_another
 from weft.errors import DecodeError, SettingsError
 from weft.hashing import BLOCK_SIZE
 from worker_svc.attention_plan import MIN_SHARED_BLOCKS, find_families
+from worker_svc.loaded_model import resolve_device
 from worker_svc.memory import MIN_BLOCKS
-from worker_svc.runner import Runner, resolve_device
+from worker_svc.runner import Runner
 from worker_svc.step_input import StepInput
 
 SEQUENCES = [[(7 * i + 3 * j) % 128 for j in range(length)] for i, length in enumerate((1, 16, 17, 45))]

@@ -22,6 +22,7 @@ from weft.child import describe_status
 from weft.errors import DecodeError, SettingsError, Unavailable
 from weft.model_folder import ModelFolder
 from weft.settings import ModelSettings, WorkerSettings
+from worker_svc.loaded_model import resolve_device
 from worker_svc.models import read_spec
 from worker_svc.parallel.group import Group
 from worker_svc.parallel.pipe import (
@@ -42,7 +43,7 @@ from worker_svc.parallel.pipe import (
     WriteBlocks,
 )
 from worker_svc.parallel.share import BlockShares, share_of
-from worker_svc.runner import Runner, resolve_device
+from worker_svc.runner import load_runner
 from worker_svc.sampler import Sampler
 from worker_svc.step_input import StepInput
 
@@ -93,7 +94,7 @@ class ParallelRunner:
             folder_name = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="weft-ranks-"))
             load = first_command(folder, settings, str(Path(folder_name) / "meeting"))
             self.followers = [self._start(load, rank, on_lost) for rank in range(1, size)]
-            self._runner = Runner(
+            self._runner = load_runner(
                 folder,
                 device=settings.device,
                 dtype=settings.dtype,

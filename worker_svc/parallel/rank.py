@@ -34,7 +34,7 @@ from worker_svc.parallel.pipe import (
     Stop,
     WriteBlocks,
 )
-from worker_svc.runner import Runner
+from worker_svc.runner import Runner, load_runner
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Follower:
         return 0
 
     def _make_runner(self, load: Load, group: Group) -> Runner:
-        return Runner(
+        return load_runner(
             model_folder.read(load.model),
             device=load.device,
             dtype=load.dtype,

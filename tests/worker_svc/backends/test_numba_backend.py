@@ -15,8 +15,8 @@ from worker_svc.backends.backend import AttentionKind, Batch, HeadShape
 from worker_svc.backends.numba_backend import NumbaBackend
 from worker_svc.backends.torch_backend import TorchBackend
 from worker_svc.cpu_kernels.tiled_linear import TiledLinear
+from worker_svc.loaded_model import make_backend
 from worker_svc.rope import Rope
-from worker_svc.runner import make_backend
 from worker_svc.step_input import StepInput
 
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def test_gpu_is_refused_by_name() -> None:
 
 def test_machine_without_openmp_is_refused_by_name_and_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(make_backend("auto", CPU, torch.float32)) is NumbaBackend
-    monkeypatch.setattr("worker_svc.runner.IS_AVAILABLE", False)
+    monkeypatch.setattr("worker_svc.loaded_model.IS_AVAILABLE", False)
     with pytest.raises(SettingsError, match="kernels: numba needs a torch that computes with OpenMP"):
         make_backend("numba", CPU, torch.float32)
     assert type(make_backend("auto", CPU, torch.float32)) is TorchBackend
