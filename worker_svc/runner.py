@@ -19,7 +19,7 @@ from worker_svc.backends.numba_backend import NumbaBackend
 from worker_svc.backends.recorded_steps import RecordedSteps
 from worker_svc.backends.torch_backend import TorchBackend
 from worker_svc.loaded_model import LoadedModel, count_threads, load_model
-from worker_svc.memory import count_blocks, free_bytes, kv_bytes
+from worker_svc.memory import count_blocks, free_bytes, kv_bytes, zeros
 from worker_svc.parallel.group import ALONE, Group
 from worker_svc.sampler import Sampler
 from worker_svc.step_input import StepInput
@@ -134,9 +134,8 @@ class Runner:
         num_layers, num_heads, width = self._cache_shape
         self.num_blocks = num_blocks
         self.max_model_len = min(self._longest, num_blocks * BLOCK_SIZE)
-        self._kv_cache = torch.zeros(
-            (num_layers, num_heads, num_blocks * BLOCK_SIZE, width), dtype=self._dtype, device=self.device
-        )
+        shape = (num_layers, num_heads, num_blocks * BLOCK_SIZE, width)
+        self._kv_cache = zeros(shape, self._dtype, self.device)
         self._known_steps = self._make_known_steps()
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from weft.errors import SettingsError
 from worker_svc import memory
-from worker_svc.memory import CPU_BYTES, MIN_BLOCKS, count_blocks, free_bytes, kv_bytes
+from worker_svc.memory import CPU_BYTES, MIN_BLOCKS, count_blocks, free_bytes, kv_bytes, zeros
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -50,3 +51,16 @@ def test_free_memory_is_bounded_by_the_containers_limit(tmp_path: Path, monkeypa
     assert free_bytes(CPU) > GIB // 16
     (tmp_path / "memory.max").write_text("5000\n")
     assert free_bytes(CPU) == 2000
+
+
+def test_a_cpus_default_memory_is_taken_as_it_is_used() -> None:
+    before = resident_bytes()
+    cache = zeros((CPU_BYTES // 4 // 1024, 1024), torch.float32, CPU)
+    assert resident_bytes() - before < CPU_BYTES // 8
+    cache[-1] = 1.0
+    assert cache[:2].sum() == 0 and cache[-1].sum() == 1024
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
