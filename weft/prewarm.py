@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
 import time
 from asyncio.subprocess import Process
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from weft.child import ChildSpec, restart_delay
+from weft.child import ChildSpec, orders, restart_delay
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class Prewarmed:
                 self._not_before = time.monotonic() + restart_delay(self._failures)
             await asyncio.sleep(CHECK_INTERVAL_S)
 
-    def take(self, spec: ChildSpec, log_path: Path, environ: dict[str, str]) -> Process | None:
+    def take(self, spec: ChildSpec, log_path: Path, environ: Mapping[str, str]) -> Process | None:
         """The process that has waited longest, told to be this worker; None if there is none. Mutates self."""
         self._drop_dead()
         if not self._processes:
@@ -62,10 +61,9 @@ class Prewarmed:
         process = self._processes.pop(0)
         self._failures = 0
         assert process.stdin is not None
-        orders = {"environ": {**spec.environ, **environ}, "log": str(log_path)}
         # One that dies now is found dead by whoever waits for its end.
         with contextlib.suppress(OSError, RuntimeError):
-            process.stdin.write(json.dumps(orders).encode() + b"\n")
+            process.stdin.write(orders(spec, log_path, environ))
             process.stdin.close()
         return process
 

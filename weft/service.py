@@ -72,15 +72,15 @@ class Service(Protocol):
 class Context:
     """What a service may use of its process."""
 
-    def __init__(self, role: Role, mesh: MeshSettings, began: float | None = None) -> None:
-        """`began`: as `StartTimes`."""
+    def __init__(self, role: Role, mesh: MeshSettings, start_times: StartTimes | None = None) -> None:
+        """`start_times`: of a start that did not begin with the process."""
         self.role: Role = role
         self.mesh = mesh
         self.instance = mesh.instance or make_instance(role)
         self.epoch = time.time_ns() // 1000
         self.state: State = "starting"
         self.bus = Bus(mesh, role, self.instance)
-        self.start_times = StartTimes(began)
+        self.start_times = start_times or StartTimes()
         self.registry = CollectorRegistry()
         # Set by a role that has policies: switches those of one model, or of all (""), and says what they are then.
         self.switch_policies: Callable[[Mapping[str, str], str], dict[str, str]] | None = None
@@ -191,11 +191,11 @@ def main(
     *,
     prog: str,
     argv: Sequence[str] | None = None,
-    began: float | None = None,
+    start_times: StartTimes | None = None,
 ) -> None:
     """Entry point of `python -m <service>`. Exits 0 after a drain, 2 on bad settings, 1 on failure.
 
-    `began`: when the start began, if that was not with the process (`time.monotonic()` seconds).
+    `start_times`: as `Context`.
     """
     try:
         settings = load(settings_class, sys.argv[1:] if argv is None else argv, os.environ, prog=prog)
@@ -204,7 +204,7 @@ def main(
     mesh = settings.mesh
 
     async def body() -> None:
-        context = Context(role, mesh, began)
+        context = Context(role, mesh, start_times)
         telemetry.start_logging(mesh.log_level, context.instance)
         await run(context, make(settings, context))
 

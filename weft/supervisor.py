@@ -21,17 +21,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from weft import nats_config, subjects
+from weft import launch, nats_config, prewarm, subjects, template
 from weft.bus import Bus
-from weft.child import Child, ChildSpec, News, StartFailed, describe_status, restart_delay
+from weft.child import Child, ChildProcess, ChildSpec, News, StartFailed, describe_status, last_words, restart_delay
 from weft.data_folder import DataFolder
 from weft.errors import SettingsError, WeftError
 from weft.exit_status import BAD_SETTINGS
 from weft.hashing import BLOCK_SIZE
 from weft.messages import Control, ControlReply, Heartbeat, Role, ScaleAdvice
-from weft.prewarm import FLAG, Prewarmed
+from weft.prewarm import Prewarmed
 from weft.replicas import Replica, plan_change
 from weft.settings import MeshSettings
+from weft.template import Template
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Supervisor:
         tell: called with news worth a line.
         scaled: workers that are started and ended as schedulers advise; those of `specs` are there from the start.
         num_prewarmed: processes that have done all of a worker's start that can be done before.
+        is_forking: workers are forked from one that has loaded the model, while there is such a process. Linux only.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Supervisor:
         hung_s: float = HUNG_S,
         scaled: Sequence[ChildSpec] = (),
         num_prewarmed: int = 0,
+        is_forking: bool = False,
     ) -> None:
         self.nats = Child(nats_spec(folder)) if passwords else None
         self.services = {spec.name: Child(spec) for spec in specs}
@@ -88,6 +91,7 @@ class Supervisor:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._scaled = {spec.name: spec for spec in scaled}
         self._prewarmed = Prewarmed(num_prewarmed, self._start_prewarmed)
+        self._template = Template(self._start_template, tell, folder.log(template.NAME)) if is_forking else None
         self._failed = asyncio.Event()
         self._failure: BaseException | None = None  # what ended a keeper
         self._loading: asyncio.Task[None] | None = None
@@ -109,6 +113,9 @@ class Supervisor:
             SettingsError: a child refused its settings; the message is its own.
             StartFailed: a child cannot be started.
         """
+        if self._template:
+            # Workers are forked by another process, and are to be children of this one.
+            launch.adopt_orphans()
         stopped = asyncio.create_task(self._stopping.wait(), name="stopping")
         work = asyncio.create_task(self._work(), name="supervisor")
         try:
@@ -129,17 +136,21 @@ class Supervisor:
             await self._start_nats(self.nats)
         for child in self.services.values():
             self._keep(child)
-        watch = asyncio.create_task(self._watch(), name="watch")
-        failed = asyncio.create_task(self._until_failed(), name="until failed")
-        warming = asyncio.create_task(self._prewarmed.keep(self._is_calm), name="prewarm")
+        tasks = [
+            asyncio.create_task(self._watch(), name="watch"),
+            asyncio.create_task(self._until_failed(), name="until failed"),
+            asyncio.create_task(self._prewarmed.keep(self._is_calm), name="prewarm"),
+        ]
+        if self._template:
+            tasks.append(asyncio.create_task(self._template.keep(), name="template"))
         try:
-            done, _ = await asyncio.wait((watch, failed, warming), return_when=asyncio.FIRST_EXCEPTION)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
                 task.result()
         finally:
-            for task in (watch, failed, warming):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(watch, failed, warming, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _until_failed(self) -> None:
         await self._failed.wait()
@@ -209,29 +220,41 @@ class Supervisor:
             del self.services[child.spec.name], self._keepers[child.spec.name]
             self._tell(News(child.spec.name, f"{child.spec.name} has drained and ended", "ready"))
 
-    async def _spawn(self, child: Child) -> Process:
+    async def _spawn(self, child: Child) -> ChildProcess:
+        child.state, child.since, child.epoch = "starting", time.monotonic(), None
+        child.ready_at = child.loaded = 0.0
         path, mine = self._folder.log(child.spec.name), {"WEFT_NATS_URL": self.nats_url} if child.spec.role else {}
         with path.open("ab") as target:
             child.log_offset = target.tell()
-        process = self._prewarmed.take(child.spec, path, mine) if child.spec.name in self._scaled else None
-        if process is None:
-            process = await self._execute(child.spec.argv, {**child.spec.environ, **mine}, path)
-        child.process, child.state, child.since, child.epoch = process, "starting", time.monotonic(), None
-        child.ready_at = child.loaded = 0.0
-        if self._stopping.is_set():
+        process = child.process = await self._start(child.spec, path, mine)
+        if self._stopping.is_set() or child.is_leaving:
             self._signal(child, signal.SIGKILL)
         log.info("started", extra={"child": child.spec.name, "pid": process.pid})
         return process
 
+    async def _start(self, spec: ChildSpec, path: Path, mine: Mapping[str, str]) -> ChildProcess:
+        """Start a process by the fastest of the ways that there are."""
+        process: ChildProcess | None = None
+        if self._template and spec.role == "worker":
+            process = await self._template.fork(spec, path, mine)
+        if process is None and spec.name in self._scaled:
+            process = self._prewarmed.take(spec, path, mine)
+        return process or await self._execute(spec.argv, {**spec.environ, **mine}, path)
+
     async def _execute(
-        self, argv: Sequence[str], environ: Mapping[str, str], path: Path, stdin: int = DEVNULL
+        self,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        path: Path,
+        stdin: int = DEVNULL,
+        stdout: int | None = None,
     ) -> Process:
         with path.open("ab") as target:
             return await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), str(os.getpid()), *argv,
                 env=environ,
                 stdin=stdin,
-                stdout=target,
+                stdout=target if stdout is None else stdout,
                 stderr=target,
                 # A session of its own: the terminal's Ctrl-C is for us, and we say who ends when.
                 start_new_session=True,
@@ -239,7 +262,13 @@ class Supervisor:
 
     async def _start_prewarmed(self) -> Process:
         spec = next(iter(self._scaled.values()))
-        return await self._execute((*spec.argv, FLAG), spec.environ, self._folder.log("prewarmed"), PIPE)
+        return await self._execute((*spec.argv, prewarm.FLAG), spec.environ, self._folder.log("prewarmed"), PIPE)
+
+    async def _start_template(self) -> Process:
+        specs = [*(child.spec for child in self.services.values()), *self._scaled.values()]
+        spec = next(spec for spec in specs if spec.role == "worker")
+        environ = {**spec.environ, **template.ENVIRON}
+        return await self._execute((*spec.argv, template.FLAG), environ, self._folder.log(template.NAME), PIPE, PIPE)
 
     def _is_calm(self) -> bool:
         return not any(child.state in ("starting", "waiting") for child in self.services.values())
@@ -282,13 +311,7 @@ class Supervisor:
         return delay
 
     def _last_words(self, child: Child) -> str:
-        with self._folder.log(child.spec.name).open("rb") as source:
-            source.seek(max(child.log_offset, source.seek(0, os.SEEK_END) - 65_536))
-            lines = source.read().decode(errors="replace").split("\n")
-        words = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        # The service's own `program: ` is ours to say.
-        program, colon, rest = words.partition(": ")
-        return rest if colon and " " not in program else words
+        return last_words(self._folder.log(child.spec.name), child.log_offset)
 
     # ---- as many workers as are advised ------------------------------------------------------------------------------
 
@@ -425,6 +448,8 @@ class Supervisor:
     async def _end_all(self) -> None:
         """End the children in the order of the ring: nobody loses what it needs to finish what is running."""
         await self._prewarmed.end()
+        if self._template:
+            await self._template.end()
         for roles, patience_s in (
             (("gateway",), self._mesh.drain_s + END_S),
             (("tokenizer", "scheduler", "worker"), END_S),

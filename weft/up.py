@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO, cast
 
-from weft import data_folder, model_folder, subjects
+from weft import data_folder, model_folder, subjects, template
 from weft.child import ChildSpec
 from weft.data_folder import DataFolder, RunFile
 from weft.errors import SettingsError, WeftError
@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
         settings = load(UpSettings, argv, environ, prog="weft up")
         if settings.worker.mesh.instance:
             raise SettingsError("--instance: `weft up` names its processes itself")
+        _check_fork(settings)
         folder, _ = data_folder.take(settings.data_path)
         model = model_folder.read(settings.worker.model)
         model_folder.digest(model)
@@ -87,6 +88,15 @@ def main(argv: Sequence[str]) -> int:
         return asyncio.run(_run(settings, plan, folder, sys.stdout, began))
     except WeftError as error:
         return complain("weft up", error)
+
+
+def _check_fork(settings: UpSettings) -> None:
+    """Whether workers can be forked; where the GPUs are that `--device auto` finds, the template says it."""
+    worker = settings.worker
+    if settings.fork and sys.platform != "linux":
+        raise SettingsError("--fork: workers are forked under Linux only")
+    if settings.fork and (worker.device == "cuda" or worker.tensor_parallel > 1):
+        raise SettingsError("--fork: only workers on one CPU share their weights; give --device cpu, or no --fork")
 
 
 def _with_scaling(settings: UpSettings) -> UpSettings:
@@ -228,6 +238,7 @@ async def _run(settings: UpSettings, plan: Plan, folder: DataFolder, out: TextIO
         lambda news: view.tell(news),
         scaled=scaled,
         num_prewarmed=settings.prewarm if scaled else 0,
+        is_forking=settings.fork and settings.workers > 0,
     )
     view = make_view(out, lambda: supervisor.children)
     _log_to(folder.log("supervisor"), settings.worker.mesh.log_level)
@@ -330,7 +341,7 @@ async def _follow(supervisor: Supervisor, folder: DataFolder) -> None:
     """Copy what the children write to their logs to standard error. Ends by being cancelled."""
     offsets: dict[Path, int] = {}
     while True:
-        for name in (NATS, *supervisor.services):
+        for name in (NATS, template.NAME, *supervisor.services):
             path = folder.log(name)
             with contextlib.suppress(OSError), path.open("rb") as source:
                 # A trimmed log begins anew.

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import sys
 
-from weft.prewarm import FLAG
+from weft.prewarm import FLAG as PREWARM
 from weft.service import main
 from weft.settings import WorkerSettings
-from worker_svc import prewarm
+from weft.template import FLAG as TEMPLATE
+from worker_svc import prewarm, template
 from worker_svc.service import WorkerService
 
+PROG = "worker_svc"
+
 if __name__ == "__main__":
-    began = None
-    if is_prewarmed := sys.argv[1:] == [FLAG]:
+    argv, start_times, models = sys.argv[1:], None, None
+    if argv == [PREWARM]:
         prewarm.import_engine()
-        began = prewarm.wait_for_orders()
+        start_times = prewarm.become_worker()
+    elif argv == [TEMPLATE]:
+        models = template.load_to_share(PROG)
+        start_times = template.fork_workers()
     main(
         WorkerSettings,
         "worker",
-        WorkerService,
-        prog="worker_svc",
-        argv=[] if is_prewarmed else None,
-        began=began,
+        lambda settings, context: WorkerService(settings, context, models),
+        prog=PROG,
+        argv=argv if start_times is None else [],
+        start_times=start_times,
     )

@@ -1,32 +1,24 @@
 """A worker process that has imported everything and waits for its orders: `python -m worker_svc --prewarm`.
 
-It knows no model. Its orders are one line of JSON on standard input: the environment that settings are read from, and
-the log file to write to. Without a line before the end of the input it ends.
-Source: DeepFlow's pre-warmed task executors (Hu et al. 2025, section 6).
+It knows no model. Source: DeepFlow's pre-warmed task executors (Hu et al. 2025, section 6).
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import sys
 import time
 
+from weft.start_times import StartTimes
+from worker_svc.orders import obey, wait_for_orders
 
-def wait_for_orders() -> float:
-    """Wait, and become the worker that is wanted; returns when the orders came."""
-    line = sys.stdin.buffer.readline()
-    began = time.monotonic()
-    if not line:
-        sys.exit(0)
-    orders = json.loads(line)
-    os.environ.update(orders["environ"])
-    log = os.open(orders["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    return began
+
+def become_worker() -> StartTimes:
+    """Wait, and become the worker that is wanted, whose start begins with its orders."""
+    line = wait_for_orders()
+    times = StartTimes(time.monotonic())
+    obey(line)
+    return times
 
 
 def import_engine() -> None:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Final, Literal, cast
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 from weft import model_folder, subjects
 from weft.bus import Bus
@@ -46,6 +46,9 @@ from worker_svc.kv_transfer import KvTransfer
 from worker_svc.null_engine import NullEngine
 from worker_svc.reports import Reports
 
+if TYPE_CHECKING:
+    from worker_svc.engine_models import EngineModels
+
 log = logging.getLogger(__name__)
 
 # Changes of room within this time share one WorkerStatus.
@@ -68,8 +71,10 @@ class WorkerCounters:
 class WorkerService:
     """One model replica on the bus."""
 
-    def __init__(self, settings: WorkerSettings, context: Context) -> None:
+    def __init__(self, settings: WorkerSettings, context: Context, models: EngineModels | None = None) -> None:
+        """`models`: loaded before, to be used if they are what the settings want."""
         self._settings = settings
+        self._models = models
         self._context = context
         self._bus = context.bus
         self._instance = context.instance
@@ -102,7 +107,7 @@ class WorkerService:
 
         times = self._context.start_times
         times.mark("folder")
-        engine = await asyncio.to_thread(_make_engine, self._folder, self._settings)
+        engine = await asyncio.to_thread(_make_engine, self._folder, self._settings, self._models)
         times.mark("imports")
         # Before it has started: `stats` tells how far it has loaded.
         self._engine = engine
@@ -396,10 +401,13 @@ class WorkerService:
         self._bus.tell(subjects.events(about.gateway), self._reports.event(about, kind, error))
 
 
-def _make_engine(folder: ModelFolder, settings: WorkerSettings) -> EngineThread:
+def _make_engine(folder: ModelFolder, settings: WorkerSettings, models: EngineModels | None) -> EngineThread:
     if settings.engine == "null":
         return NullEngine(folder, settings)
     # torch takes seconds to import, and a null worker needs none.
     from worker_svc.torch_engine import TorchEngine
 
-    return TorchEngine(folder, settings)
+    if models is not None and not models.are_for(folder, settings):
+        log.warning("the template has loaded something else; loading anew")
+        models = None
+    return TorchEngine(folder, settings, models)

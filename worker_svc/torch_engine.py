@@ -58,7 +58,7 @@ def load_engine(
     else:
         models = load_models(folder, settings, load.on_progress) if models is None else models
         digest = models.digest
-        drafter = None if models.draft is None else make_drafter(models.draft, settings)
+        drafter = None if models.draft is None else make_small_runner(models.draft, settings)
         runner = _make_runner(models.target, settings, 0 if drafter is None else drafter.block_bytes)
     load.loaded = 1.0
     loaded_at = time.monotonic()
@@ -96,8 +96,8 @@ def _make_runner(model: LoadedModel, settings: WorkerSettings, more_block_bytes:
     return Runner(model, kv_memory=settings.kv_memory, threads=settings.threads, more_block_bytes=more_block_bytes)
 
 
-def make_drafter(model: LoadedModel, settings: WorkerSettings) -> Runner:
-    """With as few blocks as there can be: how many it needs is known when the target has its own."""
+def make_small_runner(model: LoadedModel, settings: WorkerSettings) -> Runner:
+    """With as few blocks as there can be. How many a drafter needs is known when the target has its own."""
     return Runner(model, kv_memory=settings.kv_memory, threads=settings.threads, agree=lambda num_blocks: MIN_BLOCKS)
 
 
@@ -124,6 +124,14 @@ def warm_up(runner: ModelRunner, max_num_batched_tokens: int) -> None:
         ids = list(range(count))
         table = list(range(-(-count // BLOCK_SIZE)))
         runner.forward(StepInput([0] * count, ids, ids, [count], [count], [table], [count - 1]))
+
+
+def warm_up_models(models: EngineModels) -> None:
+    """Do what torch does once, for engines to come."""
+    for model in (models.target, models.draft):
+        if model is not None:
+            runner = make_small_runner(model, models.settings)
+            warm_up(runner, runner.max_model_len)
 
 
 class TorchEngine:

@@ -31,7 +31,7 @@ from worker_svc.engine_models import load_draft
 from worker_svc.runner import Runner, load_runner
 from worker_svc.sampler import Drafts, Sampler, Sampling
 from worker_svc.sequence import Sequence
-from worker_svc.torch_engine import make_drafter, make_speculation
+from worker_svc.torch_engine import make_small_runner, make_speculation
 
 ROUNDS: Final = 4
 NUM_TOKENS: Final = 250
@@ -151,7 +151,7 @@ class Bench:
         own = copy.copy(runner)
         own.resize(runner.num_blocks)
         settings = replace(self._settings, speculation=kind, speculation_tokens=MAX_LENGTH)
-        drafter = make_drafter(load_draft(model, settings), settings) if kind == "draft" else None
+        drafter = make_small_runner(load_draft(model, settings), settings) if kind == "draft" else None
         if drafter is not None:
             drafter.resize(runner.num_blocks)
         return Engine(

@@ -10,10 +10,12 @@ from typing import get_args
 
 from weft.errors import SettingsError
 from weft.messages import KvEvents, Role
-from weft.prewarm import FLAG
+from weft.prewarm import FLAG as PREWARM
 from weft.service import Context, main
 from weft.settings import CacheSettings
-from worker_svc.prewarm import wait_for_orders
+from weft.template import FLAG as TEMPLATE
+from worker_svc.prewarm import become_worker
+from worker_svc.template import fork_workers
 
 ROLE: Role = next(role for role in get_args(Role) if role == sys.argv[1])
 BEHAVIOUR = sys.argv[2] if len(sys.argv) > 2 else ""
@@ -51,5 +53,5 @@ class StandIn:
 
 
 if __name__ == "__main__":
-    began = wait_for_orders() if sys.argv[-1] == FLAG else None
-    main(CacheSettings, ROLE, StandIn, prog="stand_in", argv=[], began=began)
+    start_times = {PREWARM: become_worker, TEMPLATE: fork_workers}.get(sys.argv[-1], lambda: None)()
+    main(CacheSettings, ROLE, StandIn, prog="stand_in", argv=[], start_times=start_times)

@@ -140,6 +140,13 @@ def test_instance_is_no_choice_of_the_users(capsys: pytest.CaptureFixture[str]) 
     assert "`weft up` names its processes itself" in sentence(["up", "--instance", "x"], capsys)
 
 
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--tensor-parallel", "2"]], ids=" ".join)
+def test_workers_are_forked_on_one_cpu_only(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert sentence(["up", "--fork", *flags], capsys) == (
+        "weft up: --fork: only workers on one CPU share their weights; give --device cpu, or no --fork"
+    )
+
+
 @pytest.mark.parametrize("argv", [["top"], ["drain", "worker-0"]])
 def test_operators_are_told_that_nothing_runs(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "no `weft up` runs in" in sentence(argv, capsys)

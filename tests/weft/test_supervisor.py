@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import children_of, is_alive
+from tests.support.processes import children_of, command, is_alive
 from tests.support.wait import until
 from weft import data_folder, subjects
 from weft.bus import Bus
@@ -58,6 +58,7 @@ def make(
     hung_s: float = 20.0,
     scaled: Sequence[ChildSpec] = (),
     num_prewarmed: int = 0,
+    is_forking: bool = False,
 ) -> Running:
     folder, _ = data_folder.take(str(tmp_path))
     news: list[News] = []
@@ -70,6 +71,7 @@ def make(
         hung_s=hung_s,
         scaled=scaled,
         num_prewarmed=num_prewarmed,
+        is_forking=is_forking,
     )
     return Running(supervisor, folder, news)
 
@@ -272,3 +274,71 @@ async def test_a_prewarmed_process_becomes_the_worker_that_is_needed(tmp_path: P
         assert "ready" in running.folder.log("worker-0").read_text()
         await until(lambda: any("--prewarm" in line and pid != warm for pid, line in children_of(os.getpid()).items()))
     assert not children_of(os.getpid())
+
+
+def forked(running: Running) -> list[int]:
+    """Workers that are forks of the template, and children of the supervisor."""
+    pids = [child.process.pid for child in running.supervisor.services.values() if child.process]
+    return [pid for pid in pids if "--template" in command(pid) and pid in children_of(os.getpid())]
+
+
+def template_of(running: Running) -> int:
+    """The process id of the template."""
+    workers = forked(running)
+    return next(pid for pid, line in children_of(os.getpid()).items() if "--template" in line and pid not in workers)
+
+
+async def test_workers_are_forked_and_a_killed_one_is_forked_again(tmp_path: Path) -> None:
+    specs = [spec("worker-0", "worker"), spec("worker-1", "worker")]
+    running = make(tmp_path, *specs, is_forking=True)
+    async with started(running):
+        first = running.pid("worker-0")
+        assert len(forked(running)) == 2
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: "worker-0 is ready again" in " ".join(running.texts()))
+        assert len(forked(running)) == 2 and running.pid("worker-0") != first
+        assert "ready" in running.folder.log("worker-1").read_text()
+    assert "worker-0 died (signal 9, SIGKILL); starting it again in 0.1 s" in running.texts()
+    assert "draining" in running.folder.log("worker-1").read_text()
+    assert not children_of(os.getpid())
+
+
+async def test_workers_outlive_the_template_and_there_is_another(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("worker-0", "worker"), is_forking=True)
+    async with started(running):
+        worker, first = running.pid("worker-0"), template_of(running)
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: sum("the template is ready" in text for text in running.texts()) == 2)
+        assert running.pid("worker-0") == worker and is_alive(worker) and template_of(running) != first
+        os.kill(worker, signal.SIGKILL)
+        await until(lambda: "worker-0 is ready again" in " ".join(running.texts()))
+        assert len(forked(running)) == 1
+    died = "the template died (signal 9, SIGKILL); workers start without it until it is there again"
+    assert died in running.texts()
+
+
+async def test_forked_workers_come_and_go_as_advised(tmp_path: Path) -> None:
+    scaled = [spec(f"worker-{number}", "worker") for number in range(2)]
+    running = make(tmp_path, spec("scheduler-0", "scheduler"), scaled=scaled, is_forking=True)
+    services = running.supervisor.services
+    async with started(running), advising(running) as advise:
+        for _ in range(2):
+            advise(2)
+            await until(lambda: [child.state for child in services.values()] == ["ready"] * 3)
+            assert len(forked(running)) == 2
+            advise(0, "worker-0", "worker-1")
+            await until(lambda: list(services) == ["scheduler-0"])
+    assert not [text for text in running.texts() if "died" in text or "starting it again" in text]
+
+
+async def test_a_worker_that_is_needed_no_more_before_the_template_has_loaded_is_ended(tmp_path: Path) -> None:
+    running = make(tmp_path, spec("scheduler-0", "scheduler"), scaled=[spec("worker-0", "worker")], is_forking=True)
+    services = running.supervisor.services
+    async with started(running), advising(running) as advise:
+        os.kill(template_of(running), signal.SIGSTOP)
+        advise(1)
+        await until(lambda: "worker-0" in services)
+        advise(0)
+        await until(lambda: services["worker-0"].is_leaving)
+        os.kill(template_of(running), signal.SIGCONT)
+        await until(lambda: "worker-0" not in services)
