@@ -29,11 +29,14 @@ class Ring:
         """CPU seconds that the service `module` (one process or several) has used so far."""
         ticks = os.sysconf("SC_CLK_TCK")
         total = 0
-        for pid in _children(self.pid):
-            if module in _command(pid).split("\0"):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                total += int(fields[11]) + int(fields[12])
+        for pid in self.pids(module):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
         return total / ticks
+
+    def pids(self, module: str) -> list[int]:
+        """Processes of the service `module`."""
+        return [pid for pid in _children(self.pid) if module in _command(pid).split("\0")]
 
 
 @contextmanager
