@@ -451,7 +451,8 @@ class ClusterState:
         held = self._held.of_model(model)
         return LoadView(
             backlog=self._view(model),
-            num_workers=len(ready),
+            num_prefilling=sum(worker.status.role != "decode" for worker in ready),
+            num_decoding=sum(worker.status.role != "prefill" for worker in ready),
             num_queued_tokens=self._backlog.num_tokens(model) + sum(worker.waiting_tokens for worker in ready),
             num_running=sum(worker.load for worker in ready),
             num_context_tokens=sum(entry.num_tokens for entry in held),
@@ -469,8 +470,8 @@ class ClusterState:
             num_requests=self._backlog.count(model),
             num_tokens=self._backlog.num_tokens(model),
             num_new_tokens=self._backlog.num_new_tokens(model),
-            prefill_tokens_per_s=sum(status.prefill_tokens_per_s for status in ready),
-            decode_tokens_per_s=sum(status.decode_tokens_per_s for status in ready),
+            prefill_tokens_per_s=sum(status.prefill_tokens_per_s for status in ready if status.role != "decode"),
+            decode_tokens_per_s=sum(status.decode_tokens_per_s for status in ready if status.role != "prefill"),
         )
 
     # ---- workers ----

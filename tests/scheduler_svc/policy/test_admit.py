@@ -36,7 +36,7 @@ def make_view(**changes: Any) -> BacklogView:
 
 
 def make_load(**changes: Any) -> LoadView:
-    idle = LoadView(make_view(), 1, 0, 0, 0, 0.0, ())
+    idle = LoadView(make_view(), 1, 1, 0, 0, 0, 0.0, ())
     return dataclasses.replace(idle, **changes)
 
 
@@ -66,12 +66,28 @@ def test_bounded_takes_a_large_request_into_an_empty_backlog() -> None:
 @pytest.mark.parametrize("make", [EarlyReject, PredictedReject])
 def test_early_reject_refuses_a_first_token_that_comes_too_late(make: type[EarlyReject]) -> None:
     policy = make(COST, TIGHT, Open())
-    assert refused(policy, make_load(num_queued_tokens=900), num_tokens=90) is None
+    assert refused(policy, make_load(num_queued_tokens=800), num_tokens=90) is None
+    # What is predicted just in time is late half of the times.
+    assert refused(policy, make_load(num_queued_tokens=900), num_tokens=90) is not None
     error = refused(policy, make_load(num_queued_tokens=5000), num_tokens=100)
     assert isinstance(error, Overloaded)
-    assert error.message == "a first token is expected in 5.10 s, and 1 s are promised"
-    assert error.retry_after_s == pytest.approx(4.1)
-    assert refused(policy, make_load(num_queued_tokens=5000, num_workers=10), num_tokens=100) is None
+    assert error.message == "a first token is expected in 5.61 s, and 1 s are promised"
+    assert error.retry_after_s == pytest.approx(4.61)
+    assert refused(policy, make_load(num_queued_tokens=5000, num_prefilling=10), num_tokens=100) is None
+
+
+def test_queue_takes_as_long_as_workers_measure_beside_their_decodes() -> None:
+    policy = EarlyReject(COST, TIGHT, Open())
+    measured = {"num_queued_tokens": 800, "num_prefilling": 2}
+    assert refused(policy, make_load(backlog=make_view(prefill_tokens_per_s=1000.0), **measured)) is None
+    assert refused(policy, make_load(backlog=make_view(prefill_tokens_per_s=500.0), **measured)) is not None
+
+
+def test_first_token_waits_for_a_place_too() -> None:
+    policy = EarlyReject(COST, TIGHT, Open())
+    rates = {"prefill_tokens_per_s": 1000.0, "decode_tokens_per_s": 100.0}
+    assert refused(policy, make_load(backlog=make_view(num_requests=1, num_new_tokens=50, **rates))) is None
+    assert refused(policy, make_load(backlog=make_view(num_requests=1, num_new_tokens=200, **rates))) is not None
 
 
 def test_early_reject_refuses_when_decodes_are_too_slow_now() -> None:
@@ -79,6 +95,8 @@ def test_early_reject_refuses_when_decodes_are_too_slow_now() -> None:
     assert refused(policy, make_load(num_running=18)) is None
     error = refused(policy, make_load(num_running=20))
     assert error is not None and error.message.startswith("a token after another is expected in 0.05 s")
+    assert refused(policy, make_load(num_running=20, num_decoding=2)) is None
+    assert refused(policy, make_load(num_running=20, num_prefilling=2)) is not None
 
 
 def test_predicted_reject_counts_what_will_run_by_then() -> None:
