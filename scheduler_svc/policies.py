@@ -25,7 +25,7 @@ class PolicyNames:
 
     admit: str = "predicted_reject"
     order: str = "fcfs"
-    route: str = "prefix_aware"
+    route: str = "least_prefill"
     predict: str = "bucket"
 
     def with_changes(self, changes: Mapping[str, str]) -> PolicyNames:

@@ -64,7 +64,7 @@ WEFT: Final = Preset(
     # Without objectives (`--slo`) it is `bounded`.
     admit="predicted_reject",
     order="fcfs",
-    route="prefix_aware",
+    route="least_prefill",
     predict="bucket",
     max_num_batched_tokens=256,
     max_num_seqs=64,

@@ -198,13 +198,14 @@ class SchedulerSettings:
     )
     route: str = setting(
         WEFT.route,
-        "Which worker gets a request; another than prefix_aware where prompts share nothing.",
+        "Which worker gets a request; least_prefill or min_ttft for the soonest first token.",
         choices=(
             "random",
             "round_robin",
             "least_loaded",
             "power_of_two",
             "prefix_aware",
+            "least_prefill",
             "min_ttft",
             "pd_heatmap",
             "preble_e2",

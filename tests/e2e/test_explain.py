@@ -62,7 +62,7 @@ async def test_answer_leads_to_the_time_lines_of_all_its_prompts(http: aiohttp.C
     times = [entry["at_s"] for entry in long["timeline"]]
     assert times == sorted(times)
     assert [entry["event"] for entry in short["timeline"]] == [event for event in events if event != "prefill"]
-    assert short["why"].startswith("worker-0: prefix_aware, short match; ")
+    assert short["why"].startswith("worker-0: least_prefill, shortest queue; ")
     assert long["timeline"][2]["decision"]["scores"][0]["worker"] == "worker-0"
 
 
@@ -121,7 +121,7 @@ async def test_terminal_shows_it(mesh: Up, http: aiohttp.ClientSession) -> None:
     shown = await asyncio.to_thread(explain_in_terminal, mesh, answer["id"])
     assert shown.returncode == 0, shown.stderr
     assert "first token  from worker-0" in shown.stdout
-    assert "done: placed on worker-0: prefix_aware" in shown.stdout
+    assert "done: placed on worker-0: least_prefill" in shown.stdout
     unknown = await asyncio.to_thread(explain_in_terminal, mesh, "cmpl-0")
     assert (unknown.returncode, unknown.stdout) == (1, "")
     assert unknown.stderr.startswith("weft explain: no request 'cmpl-0' is known here")

@@ -168,7 +168,7 @@ async def test_gateway_is_told_of_decisions_together_and_with_their_candidates(u
         (told,) = near.decisions
         assert [placed.request_id for placed in told.placed] == ["r0", "r1"] == worker.ids()
         decision = told.placed[0].decision
-        assert (decision.worker, decision.policy, decision.num_prompt_blocks) == ("w0", "prefix_aware", 2)
+        assert (decision.worker, decision.policy, decision.num_prompt_blocks) == ("w0", "least_prefill", 2)
         assert [score.worker for score in decision.scores] == ["w0"]
         assert told.placed[0].stamps == worker.got[0].request.stamps
 

@@ -14,7 +14,7 @@ COMMANDS = (s.UpSettings, s.ChatSettings, s.OperatorSettings, s.PolicySettings)
 def test_defaults_need_nothing() -> None:
     loaded = s.load(s.SchedulerSettings, [], {})
     assert loaded.mesh.nats_url == "nats://127.0.0.1:4222"
-    assert loaded.route == "prefix_aware"
+    assert loaded.route == "least_prefill"
 
 
 def test_flag_wins_over_environment() -> None:

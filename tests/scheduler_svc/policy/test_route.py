@@ -15,6 +15,7 @@ from scheduler_svc.policy.route import (
     ROUTES,
     Arrival,
     LeastLoaded,
+    LeastPrefill,
     MinTtft,
     PdHeatmap,
     PowerOfTwo,
@@ -95,6 +96,39 @@ def test_prefix_aware_does_not_pile_up_load() -> None:
     decision = decide(PrefixAware(), [make_worker(0, 0), make_worker(1, 17)], arrival)
     assert (decision.worker, decision.rule) == ("w0", "unbalanced")
     assert decide(PrefixAware(), [make_worker(0, 40), make_worker(1, 57)], arrival).worker == "w1"
+
+
+def test_least_prefill_weighs_a_queue_against_a_prefix() -> None:
+    arrival = make_arrival(((5, 0b10),))
+    # Half of 160 tokens are cached, which 80 waiting tokens make up for.
+    decision = decide(LeastPrefill(), [make_worker(0), make_worker(1, waiting_tokens=80)], arrival)
+    assert (decision.worker, decision.rule) == ("w1", "longest match")
+    decision = decide(LeastPrefill(), [make_worker(0), make_worker(1, waiting_tokens=81)], arrival)
+    assert (decision.worker, decision.rule) == ("w0", "shortest queue")
+
+
+def test_least_prefill_counts_what_the_shortest_queue_has_cached() -> None:
+    workers = [make_worker(0), make_worker(1, waiting_tokens=30)]
+    assert decide(LeastPrefill(), workers, make_arrival(((4, 0b11), (5, 0b10)))).worker == "w0"
+    assert decide(LeastPrefill(), workers, make_arrival(((3, 0b11), (5, 0b10)))).worker == "w1"
+
+
+def test_least_prefill_looks_at_tokens_before_sequences() -> None:
+    workers = [make_worker(0, 1, waiting_tokens=9000), make_worker(1, 9, waiting_tokens=50), make_worker(2, 8)]
+    assert decide(LeastPrefill(), workers).worker == "w2"
+    assert decide(LeastPrefill(), [make_worker(0, 5), make_worker(1, 4)]).worker == "w1"
+
+
+def test_least_prefill_does_not_follow_a_short_match() -> None:
+    workers = [make_worker(0, 0), make_worker(1, 10)]
+    assert decide(LeastPrefill(), workers, make_arrival(((2, 0b10),))).worker == "w0"
+    assert decide(LeastPrefill(), workers, make_arrival(((3, 0b10),))).worker == "w1"
+
+
+def test_least_prefill_does_not_pile_up_load() -> None:
+    arrival = make_arrival(((10, 0b10),))
+    assert decide(LeastPrefill(), [make_worker(0, 0), make_worker(1, 16)], arrival).worker == "w1"
+    assert decide(LeastPrefill(), [make_worker(0, 0), make_worker(1, 17)], arrival).worker == "w0"
 
 
 def test_min_ttft_weighs_a_queue_against_a_prefix() -> None:
