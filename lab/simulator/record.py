@@ -72,7 +72,7 @@ class Summary:
     num_refused: int
     num_good: int
     share_good: float  # of all requests
-    goodput_rps: float
+    goodput_rps: float  # in the time in which requests came, which is the same whatever is refused
     ttft_mean_s: float
     ttft_p50_s: float
     ttft_p90_s: float
@@ -87,7 +87,7 @@ class Summary:
     utilization: float
     tokens_per_s: float
     duration_s: float
-    cost_worker_s: float  # for 1,000 good requests, busy or not
+    cost_worker_s: float  # for 1,000 good requests at this goodput, busy or not
 
 
 def summarize(records: Sequence[Record], slo: Slo, busy_s: float, num_workers: int) -> Summary:
@@ -97,6 +97,8 @@ def summarize(records: Sequence[Record], slo: Slo, busy_s: float, num_workers: i
     began = min((record.arrived_at for record in records), default=0.0)
     last = max((record.ended_at for record in ended if record.ended_at is not None), default=began)
     duration = max(last - began, 1e-9)
+    # A run that refuses the last ones ends sooner, and is no better for it.
+    came_s = max((record.arrived_at for record in records), default=began) - began or duration
     good = sum(slo.holds(record) for record in ended)
     ttfts = sorted(record.ttft_s for record in ended)
     tbts = sorted(record.worst_gap_s() for record in ended)
@@ -108,7 +110,7 @@ def summarize(records: Sequence[Record], slo: Slo, busy_s: float, num_workers: i
         num_refused=len(refused),
         num_good=good,
         share_good=good / len(records) if records else math.nan,
-        goodput_rps=good / duration,
+        goodput_rps=good / came_s,
         ttft_mean_s=mean(ttfts),
         ttft_p50_s=quantile(ttfts, 0.5),
         ttft_p90_s=quantile(ttfts, 0.9),
@@ -123,7 +125,7 @@ def summarize(records: Sequence[Record], slo: Slo, busy_s: float, num_workers: i
         utilization=busy_s / (duration * num_workers) if num_workers else 0.0,
         tokens_per_s=sum(record.num_output_tokens for record in ended) / duration,
         duration_s=duration,
-        cost_worker_s=1000 * duration * num_workers / good if good else math.inf,
+        cost_worker_s=1000 * came_s * num_workers / good if good else math.inf,
     )
 
 

@@ -74,7 +74,8 @@ MEASURES: Final[dict[str, Measure]] = {
 }
 # What the heads of columns mean.
 LEGEND: Final = (
-    "ttft, tbt: times to the first token and between tokens, in s; hits: prompt tokens that were cached;",
+    "ttft, tbt: times to the first token and between tokens, in s; good/s: good requests in a second of the time in",
+    "which requests came, whenever the run ended; hits: prompt tokens that were cached;",
     "wasted: seconds of prefill of requests that were refused after it; busy: time in which workers computed;",
     "cost: worker-seconds for 1,000 good requests",
 )

@@ -61,7 +61,19 @@ def test_summary_counts_what_ended_and_what_was_refused() -> None:
     assert found.wasted_prefill_s == 0.25
     # From the first arrival to the last end.
     assert found.duration_s == 3.0 and found.utilization == 0.5
-    assert found.goodput_rps == pytest.approx(1 / 3) and found.cost_worker_s == 6000
+
+
+def test_goodput_is_over_the_time_in_which_requests_came() -> None:
+    last = ended(3, ttft=1.5)
+    taken, given_up = (summarize([ended(), ended(1), end], Slo(ttft_s=1.0), 0.0, 2) for end in (last, refused(3)))
+    # To take the last one, though it is late, costs nothing and gains nothing.
+    assert taken.duration_s == 5.0 and given_up.duration_s == 3.0
+    assert taken.goodput_rps == given_up.goodput_rps == pytest.approx(2 / 3)
+    assert taken.cost_worker_s == given_up.cost_worker_s == 3000
+
+
+def test_goodput_of_requests_of_one_moment_is_over_the_run() -> None:
+    assert summarize([ended(0, seconds=4.0)], Slo(), 0.0, 1).goodput_rps == 0.25
 
 
 def test_nothing_good_costs_more_than_any_number() -> None:
