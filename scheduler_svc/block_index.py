@@ -7,11 +7,13 @@ of workers. A holder whose events have a gap is asked for a snapshot; until it c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from weft.columns import split_hashes
+from weft.hashing import HASH_BYTES
 from weft.messages import KvEvents
 
 # Events kept aside while a snapshot is on its way; past that, another snapshot is needed anyway.
@@ -51,18 +53,22 @@ class Match:
 
     def within(self, mask: int) -> Match:
         """The same for some of the workers."""
+        if not self.levels or not self.levels[0][1] & ~mask:
+            return self
         return Match(tuple((depth, held & mask) for depth, held in self.levels if held & mask))
 
     def depth(self, bit: int) -> int:
         """How many leading blocks one worker holds."""
-        return next((depth for depth, mask in reversed(self.levels) if mask >> bit & 1), 0)
+        # Who holds much holds less as well, so the levels of a worker come first.
+        count = bisect_left(self.levels, True, key=lambda level: not level[1] >> bit & 1)
+        return self.levels[count - 1][0] if count else 0
 
     def groups(self, candidates: int) -> Iterator[tuple[int, int]]:
         """(number of leading blocks, mask of the candidates that hold so many and no more), deep to shallow."""
         deeper = 0
         for depth, mask in (*reversed(self.levels), (0, candidates)):
-            if mask & ~deeper:
-                yield depth, mask & ~deeper
+            if fresh := mask & ~deeper:
+                yield depth, fresh
             deeper |= mask
 
 
@@ -139,14 +145,18 @@ class BlockIndex:
         found.sequence = None
         return self._want(found, now)
 
-    def match(self, hashes: Sequence[bytes], candidates: int) -> Match:
-        """How many leading blocks each of the candidates (a mask of bits) holds."""
-        masks = self._masks
+    def match(self, hashes: bytes, candidates: int) -> Match:
+        """How many leading blocks of a column of hashes each of the candidates (a mask of bits) holds."""
+        holders = self._masks.get
         levels: list[tuple[int, int]] = []
-        alive, depth = candidates, 0
-        for block in hashes:
-            still = alive & masks.get(block, 0)
-            if still != alive:
+        alive, depth, before = candidates, 0, -1
+        # Cut one by one: most of a long prompt is known to nobody.
+        for start in range(0, len(hashes), HASH_BYTES):
+            mask = holders(hashes[start : start + HASH_BYTES], 0)
+            # Most blocks are held by those that hold the one before, and by the same object.
+            still = alive if mask is before else alive & mask
+            before = mask
+            if still is not alive and still != alive:
                 if depth:
                     levels.append((depth, alive))
                 alive = still
@@ -209,16 +219,24 @@ class BlockIndex:
     def _store(self, holder: _Holder, blocks: Iterable[bytes]) -> None:
         mask = 1 << holder.bit
         masks = self._masks
+        before, after = 0, mask
         for block in blocks:
             holder.blocks.add(block)
-            masks[block] = masks.get(block, 0) | mask
+            held = masks.get(block, 0)
+            # Blocks of a chain share one mask as an object, which saves time and memory when there are many workers.
+            if held is not before:
+                before, after = held, held | mask
+            masks[block] = after
 
     def _discard(self, holder: _Holder, blocks: Iterable[bytes]) -> None:
         keep = ~(1 << holder.bit)
         masks = self._masks
+        before = left = 0
         for block in list(blocks):
             holder.blocks.discard(block)
-            left = masks.get(block, 0) & keep
+            held = masks.get(block, 0)
+            if held is not before:
+                before, left = held, held & keep
             if left:
                 masks[block] = left
             else:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler_svc.policy.admit import Held
+from scheduler_svc.ends import End, Ends
 from scheduler_svc.policy.order import Waiting
 from scheduler_svc.workers import LOST_AFTER_S, Worker
+from weft.errors import InvariantViolation
 from weft.messages import WorkerStatus
 
 
@@ -20,7 +21,9 @@ class Entry:
 
     model: str
     worker: str
-    held: Held
+    num_tokens: int  # of its prompt, and what was generated before
+    sent_at: float  # monotonic seconds
+    ends_at: float  # as predicted
     num_choices: int
     remaining_each: float  # predicted tokens of a choice
     num_generated_each: int
@@ -32,17 +35,26 @@ class HeldBook:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._of_worker: dict[str, dict[str, None]] = {}
+        self._ends: dict[str, Ends] = {}  # by model
 
     def send(self, waiting: Waiting, worker: Worker, ttft_s: float | None, now: float) -> None:
         """Book what is sent now. Mutates self."""
         request, choices = waiting.request, len(waiting.request.choices)
         self.end(request.request_id)
-        begins = now + (ttft_s or 0.0)
-        held = Held(request.num_tokens, now, begins + waiting.remaining / choices * worker.status.step_s)
-        self._entries[request.request_id] = Entry(
-            request.model, worker.name, held, choices, waiting.remaining / choices, waiting.num_generated // choices
+        remaining = waiting.remaining / choices
+        entry = Entry(
+            model=request.model,
+            worker=worker.name,
+            num_tokens=request.num_tokens,
+            sent_at=now,
+            ends_at=now + (ttft_s or 0.0) + remaining * worker.status.step_s,
+            num_choices=choices,
+            remaining_each=remaining,
+            num_generated_each=waiting.num_generated // choices,
         )
+        self._entries[request.request_id] = entry
         self._of_worker.setdefault(worker.name, {})[request.request_id] = None
+        self._ends.setdefault(request.model, Ends()).add((entry.ends_at, entry.num_tokens))
 
     def end_choice(self, request_id: str) -> Entry | None:
         """A choice has ended; returns what was known of its request, if it was sent from here. Mutates self."""
@@ -58,19 +70,34 @@ class HeldBook:
         entry = self._entries.pop(request_id, None)
         if entry is not None:
             del self._of_worker[entry.worker][request_id]
+            self._ends[entry.model].remove((entry.ends_at, entry.num_tokens))
 
     def on_status(self, status: WorkerStatus, now: float) -> None:
         """An idle worker has ended all that it was sent, but for what is on its way still. Mutates self."""
         if status.num_running or status.num_waiting:
             return
         for request_id in list(self._of_worker.get(status.worker, ())):
-            if now - self._entries[request_id].held.since > LOST_AFTER_S:
+            if now - self._entries[request_id].sent_at > LOST_AFTER_S:
                 self.end(request_id)
 
     def worker_gone(self, worker: str) -> None:
         """Mutates self."""
-        for request_id in list(self._of_worker.pop(worker, ())):
-            del self._entries[request_id]
+        for request_id in list(self._of_worker.get(worker, ())):
+            self.end(request_id)
+        self._of_worker.pop(worker, None)
 
-    def of_model(self, model: str) -> list[Held]:
-        return [entry.held for entry in self._entries.values() if entry.model == model]
+    def ends(self, model: str) -> Ends:
+        """When those of a model are predicted to end."""
+        return self._ends.get(model) or Ends()
+
+    def check(self) -> None:
+        """Raises InvariantViolation if the books do not balance."""
+        ends: dict[str, list[End]] = {model: [] for model in self._ends}
+        for entry in self._entries.values():
+            ends[entry.model].append((entry.ends_at, entry.num_tokens))
+        if {model: list(found) for model, found in self._ends.items()} != {m: sorted(e) for m, e in ends.items()}:
+            raise InvariantViolation("the ends of requests are not those of the entries")
+        if {(name, entry.worker) for name, entry in self._entries.items()} != {
+            (name, worker) for worker, names in self._of_worker.items() for name in names
+        }:
+            raise InvariantViolation("the requests of workers are not those of the entries")

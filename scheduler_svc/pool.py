@@ -7,6 +7,7 @@ change of one worker, so the first of all, the first of those in a mask, and the
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, Final
@@ -25,17 +26,19 @@ class Pool:
     def __init__(self, workers: Iterable[Worker] = ()) -> None:
         self.by_rank = Order(lambda worker: worker.rank)  # the least loaded first
         self._orders = [self.by_rank]
+        self._own: Order | None = None
         self._loads: list[int] = []
-        self._load_of: dict[str, int] = {}
-        self._roles: dict[str, Pool] | None = None
+        self._known: dict[str, tuple[int, str]] = {}  # load and role by name
+        self._num_of: Counter[str] = Counter()  # workers by role
+        self._roles: dict[str, Pool] = {}  # empty unless there were several roles when somebody asked
         for worker in workers:
             self.put(worker)
 
     def __len__(self) -> int:
-        return len(self._load_of)
+        return len(self._known)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._load_of
+        return name in self._known
 
     def __iter__(self) -> Iterator[Worker]:
         """The least loaded first."""
@@ -55,6 +58,14 @@ class Pool:
         """The longest unused first."""
         return self._order(lambda worker: (worker.last_used, worker.name))
 
+    def by_own(self, key: Callable[[Worker], Key]) -> Order:
+        """An order of the policy's own. Only the last one that was asked for is kept up."""
+        if self._own is None or self._own.key != key:
+            if self._own is not None:
+                self._orders.remove(self._own)
+            self._own = self._order(key)
+        return self._own
+
     @property
     def mask(self) -> int:
         """The bits of all."""
@@ -62,20 +73,22 @@ class Pool:
 
     def put(self, worker: Worker) -> None:
         """Add a worker, or find its places anew after it changed. Mutates self."""
-        self._forget_load(worker)
-        self._load_of[worker.name] = worker.load
+        self._forget(worker)
+        role = worker.status.role
+        self._known[worker.name] = worker.load, role
+        self._num_of[role] += 1
         insort(self._loads, worker.load)
         for order in self._orders:
             order.put(worker)
-        if self._roles is not None:
-            self._roles.setdefault(worker.status.role, Pool()).put(worker)
+        if self._roles:
+            self._roles.setdefault(role, Pool()).put(worker)
 
     def discard(self, worker: Worker) -> None:
         """Take a worker out, if it is there. Mutates self."""
-        self._forget_load(worker)
+        self._forget(worker)
         for order in self._orders:
             order.discard(worker)
-        if self._roles is not None and worker.status.role in self._roles:
+        if worker.status.role in self._roles:
             self._roles[worker.status.role].discard(worker)
 
     def least(self) -> Worker:
@@ -88,11 +101,12 @@ class Pool:
 
     def of_role(self, role: str) -> Pool:
         """Those of one role."""
-        if self._roles is None:
-            self._roles = {}
+        if self._num_of[role] == len(self):
+            return self
+        if not self._roles:
             for worker in self:
                 self._roles.setdefault(worker.status.role, Pool()).put(worker)
-        return self._roles.setdefault(role, Pool())
+        return self._roles.get(role) or Pool()
 
     def _order(self, key: Callable[[Worker], Key]) -> Order:
         order = Order(key)
@@ -101,20 +115,22 @@ class Pool:
         self._orders.append(order)
         return order
 
-    def _forget_load(self, worker: Worker) -> None:
-        before = self._load_of.pop(worker.name, None)
+    def _forget(self, worker: Worker) -> None:
+        before = self._known.pop(worker.name, None)
         if before is not None:
-            del self._loads[bisect_left(self._loads, before)]
+            load, role = before
+            self._num_of[role] -= 1
+            del self._loads[bisect_left(self._loads, load)]
 
 
 class Order:
     """Workers by a key of their own that ends with something that no two share."""
 
     def __init__(self, key: Callable[[Worker], Key]) -> None:
-        self._key = key
+        self.key = key
         self._keys: dict[str, Key] = {}
         self._places: list[tuple[Key, Worker]] = []
-        self._by_bit: dict[int, Worker] = {}
+        self._by_bit: dict[int, tuple[Key, Worker]] = {}
         self.mask = 0
 
     def __iter__(self) -> Iterator[Worker]:
@@ -128,15 +144,15 @@ class Order:
         return bisect_left(self._places, (self._keys[name],))
 
     def put(self, worker: Worker) -> None:
-        key, before = self._key(worker), self._keys.get(worker.name)
+        key, before = self.key(worker), self._keys.get(worker.name)
         if key == before:
             return
         if before is None:
             self.mask |= 1 << worker.bit
-            self._by_bit[worker.bit] = worker
         else:
             self._remove(before)
         self._keys[worker.name] = key
+        self._by_bit[worker.bit] = key, worker
         insort(self._places, (key, worker))
 
     def discard(self, worker: Worker) -> None:
@@ -148,22 +164,35 @@ class Order:
 
     def first(self, mask: int | None = None) -> Worker:
         """Of all, or of those whose bits are set; there must be one."""
-        return self._places[0][1] if mask is None else next(self.within(mask))
+        if mask is None:
+            return self._places[0][1]
+        bits = mask & self.mask
+        if bits.bit_count() <= MAX_SPARSE_BITS:
+            return min(self._sparse(bits))[1]
+        # Of a mask of nearly all, one of the first is in it.
+        near = (worker for _, worker in self._places[:MAX_SPARSE_BITS] if bits >> worker.bit & 1)
+        return next(near, None) or next(self._dense(bits))
 
     def within(self, mask: int) -> Iterator[Worker]:
         """Those whose bits are set."""
         bits = mask & self.mask
         if bits.bit_count() > MAX_SPARSE_BITS:
-            # Looking into a string is faster than shifting a mask of a thousand bits.
-            flags = f"{bits:b}"[::-1].ljust(self.mask.bit_length(), "0")
-            yield from (worker for _, worker in self._places if flags[worker.bit] == "1")
-            return
+            return self._dense(bits)
+        return (worker for _, worker in sorted(self._sparse(bits)))
+
+    def _dense(self, bits: int) -> Iterator[Worker]:
+        # Looking into a string is faster than shifting a mask of a thousand bits.
+        flags = f"{bits:b}"[::-1].ljust(self.mask.bit_length(), "0")
+        return (worker for _, worker in self._places if flags[worker.bit] == "1")
+
+    def _sparse(self, bits: int) -> list[tuple[Key, Worker]]:
+        """In no order."""
         found = []
         while bits:
             bit = bits.bit_length() - 1
             found.append(self._by_bit[bit])
             bits ^= 1 << bit
-        yield from sorted(found, key=self._key)
+        return found
 
     def _remove(self, key: Key) -> None:
         del self._places[bisect_left(self._places, (key,))]

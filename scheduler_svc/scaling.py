@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from scheduler_svc.policy.scale import SCALES, Loss, ScaleLimits, ScalePolicy, ScaleView, Target, order_by_loss
-from scheduler_svc.workers import Worker
+from scheduler_svc.totals import Totals
 from weft.errors import InvalidRequest
 from weft.messages import Ended, ScaleAdvice, TokenizedRequest
 
@@ -26,7 +26,7 @@ class Demand:
     model: str
     num_waiting: int  # requests in its backlog
     num_waiting_tokens: int
-    workers: tuple[Worker, ...]  # ready ones
+    ready: Totals  # its ready workers, as they are now
     num_starting: int  # workers
     count_only_blocks: Callable[[str], int]  # of a worker, those that nobody else has
 
@@ -128,21 +128,20 @@ class Scaling:
         return ScaleAdvice(*own, target.num_workers, target.reason, _drain_order(demand, target))
 
     def _view(self, demand: Demand, model: _Model, now: float) -> ScaleView:
-        ready, others = demand.workers, model.told.values()
-        num_running = sum(worker.load for worker in ready)
-        model.pace.observe(num_running, now)
-        model.max_num_seqs = max((worker.status.max_num_seqs for worker in ready), default=model.max_num_seqs)
-        rates = [rate for worker in ready if (rate := worker.status.prefill_tokens_per_s)]
-        model.prefill_tokens_per_s = sum(rates) / len(rates) if rates else model.prefill_tokens_per_s
+        ready, others = demand.ready.sums, model.told.values()
+        model.pace.observe(ready.load, now)
+        model.max_num_seqs = demand.ready.max_num_seqs or model.max_num_seqs
+        if ready.num_measured:
+            model.prefill_tokens_per_s = ready.prefill_tokens_per_s / ready.num_measured
         return ScaleView(
             now=now,
-            num_ready=len(ready),
+            num_ready=len(demand.ready),
             num_starting=demand.num_starting,
             num_waiting=demand.num_waiting + sum(advice.num_waiting for advice in others),
             num_waiting_tokens=demand.num_waiting_tokens
             + sum(advice.num_waiting_tokens for advice in others)
-            + sum(worker.waiting_tokens for worker in ready),
-            num_running=num_running,
+            + ready.waiting_tokens,
+            num_running=ready.load,
             num_arrived=model.num_arrived + sum(advice.num_arrived for advice in others),
             max_num_seqs=model.max_num_seqs,
             prefill_tokens_per_s=model.prefill_tokens_per_s,
@@ -167,8 +166,8 @@ def check_scale(scaling: Scaling | None, policy: str | None) -> None:
 
 
 def _drain_order(demand: Demand, target: Target) -> list[str]:
-    if len(demand.workers) + demand.num_starting <= target.num_workers:
+    if len(demand.ready) + demand.num_starting <= target.num_workers:
         return []
     return order_by_loss(
-        Loss(worker.name, worker.load, demand.count_only_blocks(worker.name)) for worker in demand.workers
+        Loss(worker.name, worker.load, demand.count_only_blocks(worker.name)) for worker in demand.ready
     )

@@ -20,8 +20,9 @@ from scheduler_svc.policy.order import OrderPolicy, Waiting
 from scheduler_svc.policy.route import Arrival
 from scheduler_svc.pool import Pool
 from scheduler_svc.scaling import Demand
+from scheduler_svc.totals import Totals
 from scheduler_svc.workers import InFlight, Worker
-from weft.columns import split_hashes, unpack_u32
+from weft.columns import unpack_u32
 from weft.errors import InvalidRequest, InvariantViolation, Unavailable, WeftError
 from weft.hashing import HASH_BYTES
 from weft.holder import Cancelled, MissingGateways
@@ -55,6 +56,7 @@ class ClusterState:
         self._workers: dict[str, Worker] = {}
         self._num_of: dict[str, int] = {}  # workers by model
         self._open: dict[str, Pool] = {}  # by model, the workers with room
+        self._ready: dict[str, Totals] = {}  # by model, the workers that are ready
         self._blocks = BlockIndex()
         self._backlog = Backlog(self._make_order)
         self._held = HeldBook()
@@ -82,7 +84,8 @@ class ClusterState:
         candidates = Pool() if self._backlog.count(request.model) else self._candidates(request)
         admit = self._policies_of(request.model).admit
         if request.epoch == 0 and (admit.uses_load or not candidates):
-            error = admit.decide(request, self._view(request.model), lambda: self._load_view(request.model, now))
+            view = self._view(request.model)
+            error = admit.decide(request, view, lambda: self._load_view(view, request.model, now))
             if error is not None:
                 return [*actions, Reject(request, error)]
         self._next_ticket += 1
@@ -268,22 +271,21 @@ class ClusterState:
 
     def demands(self) -> list[Demand]:
         """What scaling may know, of each model that anybody serves, tokenizes or waits for."""
-        models = set(self._backlog.models()) | {worker.status.model for worker in self._workers.values()}
+        models = {*self._backlog.models(), *self._num_of}
         models |= {model for member in self._roster.members("tokenizer") for model in member.models}
-        return [self._demand(model) for model in sorted(models)]
-
-    def _demand(self, model: str) -> Demand:
-        # One that starts does not say which model before it has read its folder.
         starting = [member for member in self._roster.members("worker") if member.state == "starting"]
-        workers = [worker for worker in self._workers.values() if worker.status.model == model]
-        return Demand(
-            model=model,
-            num_waiting=self._backlog.count(model),
-            num_waiting_tokens=self._backlog.num_tokens(model),
-            workers=tuple(worker for worker in workers if worker.status.state == "ready"),
-            num_starting=sum(not member.models or model in member.models for member in starting),
-            count_only_blocks=self._blocks.num_only,
-        )
+        return [
+            Demand(
+                model=model,
+                num_waiting=self._backlog.count(model),
+                num_waiting_tokens=self._backlog.num_tokens(model),
+                ready=self._totals(model),
+                # One that starts does not say which model before it has read its folder.
+                num_starting=sum(not member.models or model in member.models for member in starting),
+                count_only_blocks=self._blocks.num_only,
+            )
+            for model in sorted(models)
+        ]
 
     def stats(self) -> dict[str, float]:
         return {
@@ -317,6 +319,11 @@ class ClusterState:
             is_open = worker.name in self._open.get(worker.status.model, ())
             if counted != worker.num_on_the_way or is_open != bool(worker.room):
                 raise InvariantViolation(f"the room of {worker.name} is not what its books say")
+        ready = [worker for worker in self._workers.values() if worker.status.state == "ready"]
+        for model in {*self._num_of, *self._ready}:
+            if not self._totals(model).is_same(Totals(worker for worker in ready if worker.status.model == model)):
+                raise InvariantViolation(f"the totals of {model} are not those of its workers")
+        self._held.check()
         for model in self._backlog.models():
             head = self._backlog.head(model, 0.0)
             if head is not None and self._candidates(head.request):
@@ -408,7 +415,7 @@ class ClusterState:
         each = (policies.predict.remaining(request, len(choice.emitted) // 4) for choice in request.choices)
         num_matched = 0
         if policies.order_uses_prefix:
-            found = match or self._blocks.match(split_hashes(request.block_hashes), -1)
+            found = match or self._blocks.match(request.block_hashes, -1)
             num_matched = found.longest * self._maker.block_size
         deadline = since + objectives_of(request, self._maker.objectives).ttft_s
         return Waiting(request, ticket, since, sum(each), num_matched, deadline)
@@ -416,7 +423,7 @@ class ClusterState:
     def _match(self, request: TokenizedRequest, candidates: Pool) -> Match:
         if not self._policies_of(request.model).route.uses_prefix or not request.block_hashes:
             return NO_MATCH
-        return self._blocks.match(split_hashes(request.block_hashes), candidates.mask)
+        return self._blocks.match(request.block_hashes, candidates.mask)
 
     def _place(self, waiting: Waiting, candidates: Pool, now: float, match: Match | None = None) -> Dispatch:
         request = waiting.request
@@ -445,34 +452,30 @@ class ClusterState:
         )
         return self._policies_of(request.model).route.decide(arrival, candidates)
 
-    def _load_view(self, model: str, now: float) -> LoadView:
-        workers = [worker for worker in self._workers.values() if worker.status.model == model]
-        ready = [worker for worker in workers if worker.status.state == "ready"]
-        held = self._held.of_model(model)
+    def _load_view(self, backlog: BacklogView, model: str, now: float) -> LoadView:
+        ready = self._totals(model).sums
         return LoadView(
-            backlog=self._view(model),
-            num_prefilling=sum(worker.status.role != "decode" for worker in ready),
-            num_decoding=sum(worker.status.role != "prefill" for worker in ready),
-            num_queued_tokens=self._backlog.num_tokens(model) + sum(worker.waiting_tokens for worker in ready),
-            num_running=sum(worker.load for worker in ready),
-            num_context_tokens=sum(entry.num_tokens for entry in held),
+            backlog=backlog,
+            num_prefilling=ready.num_prefilling,
+            num_decoding=ready.num_decoding,
+            num_queued_tokens=backlog.num_tokens + ready.waiting_tokens,
+            num_running=ready.load,
             now=now,
-            held=held,
+            ends=self._held.ends(model),
         )
 
     def _view(self, model: str) -> BacklogView:
-        ready = [
-            worker.status
-            for worker in self._workers.values()
-            if worker.status.model == model and worker.status.state == "ready"
-        ]
+        ready = self._totals(model).sums
         return BacklogView(
             num_requests=self._backlog.count(model),
             num_tokens=self._backlog.num_tokens(model),
             num_new_tokens=self._backlog.num_new_tokens(model),
-            prefill_tokens_per_s=sum(status.prefill_tokens_per_s for status in ready if status.role != "decode"),
-            decode_tokens_per_s=sum(status.decode_tokens_per_s for status in ready if status.role != "prefill"),
+            prefill_tokens_per_s=ready.prefill_tokens_per_s,
+            decode_tokens_per_s=ready.decode_tokens_per_s,
         )
+
+    def _totals(self, model: str) -> Totals:
+        return self._ready.get(model) or Totals()
 
     # ---- workers ----
 
@@ -483,12 +486,14 @@ class ClusterState:
         return worker
 
     def _count_workers(self, model: str, more: int) -> None:
-        self._num_of[model] = self._num_of.get(model, 0) + more
+        if model not in self._num_of:
+            self._num_of[model], self._open[model], self._ready[model] = 0, Pool(), Totals()
+        self._num_of[model] += more
         if not self._num_of[model]:
             # What policies have learnt is of workers that may never come back.
             del self._num_of[model]
             self._policies.pop(model, None)
-            self._open.pop(model, None)
+            del self._open[model], self._ready[model]
             self._backlog.forget(model)
 
     def _worker_gone(self, name: str) -> list[Action]:
@@ -498,8 +503,8 @@ class ClusterState:
         does not run twice, by a higher epoch.
         """
         worker = self._workers.pop(name)
-        worker.is_full = True
-        self._refresh(worker)
+        self._open[worker.status.model].discard(worker)
+        self._ready[worker.status.model].discard(worker)
         self._blocks.remove(name)
         self._held.worker_gone(name)
         self._count_workers(worker.status.model, -1)
@@ -519,13 +524,17 @@ class ClusterState:
         return flight
 
     def _refresh(self, worker: Worker) -> None:
-        """After anything about a worker changed: its room, and whether it is among those that have some."""
+        """After anything about a worker changed: its room, and what is known of those of its model together."""
         worker.refresh(self._num_schedulers)
-        pool = self._open.setdefault(worker.status.model, Pool())
+        pool, ready = self._open[worker.status.model], self._ready[worker.status.model]
         if worker.room:
             pool.put(worker)
         else:
             pool.discard(worker)
+        if worker.status.state == "ready":
+            ready.put(worker)
+        else:
+            ready.discard(worker)
 
     # ---- who is there ----
 

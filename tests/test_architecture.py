@@ -47,8 +47,11 @@ PURE = [
     "gateway/assembler.py",
     "gateway/streams.py",
     *(f"tokenizer_svc/{name}.py" for name in ("prompt", "sandbox")),
-    *(f"scheduler_svc/{name}.py" for name in ("actions", "backlog", "block_index", "cost_model", "held", "policies")),
-    *(f"scheduler_svc/{name}.py" for name in ("objective", "pool", "scaling", "state", "workers")),
+    *(f"scheduler_svc/{name}.py" for name in ("actions", "backlog", "block_index", "cost_model", "ends", "held")),
+    *(
+        f"scheduler_svc/{name}.py"
+        for name in ("objective", "policies", "pool", "scaling", "state", "totals", "workers")
+    ),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "scheduler_svc/policy").glob("*.py"))),
     *(f"worker_svc/{name}.py" for name in ("batch", "blocks", "checks", "engine_io", "frames", "held")),
     *(f"worker_svc/{name}.py" for name in ("kv_exchange", "reports", "sequence", "shards", "step_input")),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from scheduler_svc.cost_model import CostModel
+from scheduler_svc.ends import Ends
 from weft.errors import Overloaded, WeftError
 from weft.messages import TokenizedRequest
 
@@ -29,15 +30,6 @@ class Objectives:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A request that a worker has: what it will compute still, as predicted."""
-
-    num_tokens: int  # of its prompt, all to be computed at worst
-    since: float  # when it was sent, monotonic seconds
-    ends_at: float  # when it will have ended, as predicted
-
-
-@dataclass(frozen=True, slots=True)
 class BacklogView:
     """What waits for a request's model, all requests together, and what its workers do in a second."""
 
@@ -57,9 +49,8 @@ class LoadView:
     num_decoding: int
     num_queued_tokens: int  # to be prefilled: in the backlog, on the way, and in the workers
     num_running: int  # sequences that the workers hold
-    num_context_tokens: int  # that these see
     now: float
-    held: Iterable[Held]  # requests that were sent and have not ended, of which this scheduler knows
+    ends: Ends  # of requests that were sent and have not ended, of which this scheduler knows
 
 
 class AdmitPolicy(Protocol):
@@ -146,6 +137,8 @@ class EarlyReject:
         ttft_s = CAUTION * (self._queue_s(view) + self._cost.prefill_s(request.num_tokens))
         if ttft_s > objectives.ttft_s:
             return _late("a first token", ttft_s, objectives.ttft_s, ttft_s - objectives.ttft_s)
+        if objectives.tbt_s == float("inf"):
+            return None
         running, context = self._decodes(request, view, ttft_s)
         num_workers = max(1, view.num_decoding)
         tbt_s = self._cost.overhead_s + self._cost.decode_s(1, 0) * -(-(running + 1) // num_workers)
@@ -165,7 +158,7 @@ class EarlyReject:
 
     def _decodes(self, request: TokenizedRequest, view: LoadView, ttft_s: float) -> tuple[int, int]:
         """Sequences that will decode beside this one, and the tokens that they see."""
-        return view.num_running, view.num_context_tokens
+        return view.num_running, view.ends.all().num_tokens
 
 
 class PredictedReject(EarlyReject):
@@ -179,9 +172,8 @@ class PredictedReject(EarlyReject):
     name = "predicted_reject"
 
     def _decodes(self, request: TokenizedRequest, view: LoadView, ttft_s: float) -> tuple[int, int]:
-        at = view.now + ttft_s
-        staying = [held for held in view.held if held.ends_at > at]
-        return len(staying) + view.backlog.num_requests, sum(held.num_tokens for held in staying)
+        staying = view.ends.after(view.now + ttft_s)
+        return staying.num_requests + view.backlog.num_requests, staying.num_tokens
 
 
 def objectives_of(request: TokenizedRequest, objectives: Mapping[str, Objectives]) -> Objectives:

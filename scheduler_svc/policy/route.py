@@ -7,7 +7,6 @@ at every worker: the pool keeps them in order, and workers that hold equally muc
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from msgspec.structs import replace
 from scheduler_svc.block_index import NO_MATCH, Match
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.pool import Pool
-from scheduler_svc.workers import Worker
+from scheduler_svc.workers import Rank, Worker
 from weft.hashing import BLOCK_SIZE
 from weft.limits import MAX_SCORES
 from weft.messages import Decision, Score
@@ -233,10 +232,11 @@ class MinTtft:
 
     def _soonest(self, arrival: Arrival, pool: Pool) -> Decision:
         best: tuple[float, Worker, str] | None = None
+        shortest_s = self._cost.prefill_s(pool.by_queue.first().waiting_tokens)
         for depth, mask in arrival.match.groups(pool.mask):
             own_s, rule = self._first_token_s(arrival, depth)
-            # Without any queue it would still be later.
-            if best is not None and own_s >= best[0]:
+            # With the shortest queue of all it would still be later.
+            if best is not None and own_s + shortest_s >= best[0]:
                 continue
             worker = pool.by_queue.first(mask)
             seconds = own_s + self._cost.prefill_s(worker.waiting_tokens)
@@ -279,11 +279,11 @@ class PrebleE2:
         self._imbalance = imbalance
         self._given: deque[tuple[float, str, float]] = deque()  # (when, worker, seconds of work)
         self._recent: dict[str, float] = {}
-        self._by_work: list[tuple[float, str]] = []  # the same, sorted
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
-        self._forget(arrival.now - self._window_s)
-        depth, idlest = arrival.match.longest, self._idlest(pool)
+        self._forget(arrival.now - self._window_s, pool)
+        # The least work, and of several without any the least load.
+        depth, idlest = arrival.match.longest, pool.by_own(self._by_work).first()
         chosen, rule = idlest, "explore"
         if depth and 2 * depth * BLOCK_SIZE >= arrival.num_tokens:
             holder = pool.by_rank.first(arrival.match.holders)
@@ -293,15 +293,8 @@ class PrebleE2:
             chosen = min([idlest, *self._nearest(arrival, pool)], key=lambda worker: self._cost_of(arrival, worker))
         work = self._prefill_s(arrival, chosen) + arrival.remaining * self._cost.decode_s(1, arrival.num_tokens)
         self._given.append((arrival.now, chosen.name, work))
-        self._add_work(chosen.name, work)
+        self._add_work(chosen.name, work, pool)
         return _decision(self.name, rule, chosen, arrival, pool)
-
-    def _idlest(self, pool: Pool) -> Worker:
-        """The worker with the least recent work, of several without any the least loaded."""
-        if len(self._recent) < len(pool):
-            return next(worker for worker in pool if worker.name not in self._recent)
-        busy = next((name for _, name in self._by_work if name in pool), None)
-        return pool.least() if busy is None else pool[busy]
 
     def _nearest(self, arrival: Arrival, pool: Pool) -> Iterator[Worker]:
         """Some that hold most of the prompt: the least loaded ones of the two longest matches."""
@@ -317,20 +310,21 @@ class PrebleE2:
     def _work(self, worker: Worker) -> float:
         return self._recent.get(worker.name, 0.0)
 
-    def _add_work(self, name: str, seconds: float) -> None:
-        before = self._recent.pop(name, None)
-        if before is not None:
-            del self._by_work[bisect_left(self._by_work, (before, name))]
-        after = (before or 0.0) + seconds
-        # What is left of nothing by rounding.
+    def _by_work(self, worker: Worker) -> tuple[float, Rank]:
+        return self._work(worker), worker.rank
+
+    def _add_work(self, name: str, seconds: float, pool: Pool) -> None:
+        after = self._recent.pop(name, 0.0) + seconds
+        # Less is left of nothing by rounding.
         if after > 1e-9:
             self._recent[name] = after
-            insort(self._by_work, (after, name))
+        if name in pool:
+            pool.by_own(self._by_work).put(pool[name])
 
-    def _forget(self, before: float) -> None:
+    def _forget(self, before: float, pool: Pool) -> None:
         while self._given and self._given[0][0] < before:
             _, name, work = self._given.popleft()
-            self._add_work(name, -work)
+            self._add_work(name, -work, pool)
 
 
 # Cells of the heat map: prompts from 2^k * 128 tokens on, and answers from 2^k / 16 times the prompt on.

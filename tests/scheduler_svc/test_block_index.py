@@ -20,6 +20,10 @@ def make_index(*holders: str) -> BlockIndex:
     return index
 
 
+def blocks(*numbers: int) -> bytes:
+    return b"".join(map(block, numbers))
+
+
 def numbers_of(index: BlockIndex, holder: str = "w0") -> set[int]:
     return {int.from_bytes(found, "big") for found in index.blocks_of(holder)}
 
@@ -28,7 +32,7 @@ def test_match_counts_leading_blocks_only() -> None:
     index = make_index("w0", "w1", "w2", "w3")
     for holder, held in {"w0": [1, 2, 3], "w1": [1, 3], "w2": [2, 3], "w3": []}.items():
         index.apply(make_events(1, held, holder=holder), 0.0)
-    match = index.match([block(number) for number in (1, 2, 3, 4)], ALL)
+    match = index.match(blocks(1, 2, 3, 4), ALL)
     assert (match.longest, match.holders) == (3, 0b1)
     assert [match.depth(bit) for bit in range(4)] == [3, 1, 0, 0]
 
@@ -37,7 +41,7 @@ def test_match_sees_candidates_only() -> None:
     index = make_index("w0", "w1")
     index.apply(make_events(1, [1, 2], holder="w0"), 0.0)
     index.apply(make_events(1, [1], holder="w1"), 0.0)
-    match = index.match([block(1), block(2)], 0b10)
+    match = index.match(blocks(1, 2), 0b10)
     assert (match.longest, match.holders, match.depth(0)) == (1, 0b10, 0)
 
 
@@ -51,7 +55,7 @@ def test_bits_of_holders_that_left_are_used_again() -> None:
     index.remove("w0")
     assert index.num_blocks == 0
     assert index.add("w2", 1) == 0
-    assert index.match([block(1)], ALL).longest == 0
+    assert index.match(blocks(1), ALL).longest == 0
 
 
 def test_events_of_another_life_or_an_unknown_holder_change_nothing() -> None:
@@ -149,7 +153,7 @@ def test_index_equals_a_naive_model_even_if_messages_are_lost(
     for number in range(13):
         assert index.holders_of(block(number)) == {holder for holder in holders if number in naive[holder]}
     for prompt in prompts:
-        match = index.match([block(number) for number in prompt], ALL)
+        match = index.match(blocks(*prompt), ALL)
         for bit, holder in enumerate(holders):
             assert match.depth(bit) == leading(prompt, naive[holder])
         assert match.longest == max(leading(prompt, naive[holder]) for holder in holders)

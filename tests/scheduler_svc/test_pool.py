@@ -16,8 +16,9 @@ ROLES = ("both", "prefill", "decode")
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9), st.integers(0, 90), st.booleans()), max_size=80),
     st.integers(0, 2**41),
+    st.integers(0, 40),
 )
-def test_orders_are_those_of_sorting(steps: list[tuple[int, int, int, bool]], mask: int) -> None:
+def test_orders_are_those_of_sorting(steps: list[tuple[int, int, int, bool]], mask: int, asked_after: int) -> None:
     pool, there = Pool(), dict[str, Worker]()
     for number, (bit, load, waiting, is_in) in enumerate(steps):
         known = there.get(f"w{bit}")
@@ -32,6 +33,9 @@ def test_orders_are_those_of_sorting(steps: list[tuple[int, int, int, bool]], ma
             pool.put(worker)
         elif known is not None:
             pool.discard(there.pop(known.name))
+        if number == asked_after:
+            # What somebody asked for once is kept up from then on.
+            assert len(list(pool.by_use)) == sum(len(pool.of_role(role)) for role in ROLES)
     workers = list(there.values())
     assert len(pool) == len(workers)
     assert list(pool.by_rank) == sorted(workers, key=lambda worker: worker.rank)

@@ -77,7 +77,7 @@ def test_workers_that_start_and_drain_are_counted_as_such() -> None:
     state.on_heartbeat(Heartbeat("worker", "w2", 1, "starting"), 0.0)
     state.on_heartbeat(Heartbeat("worker", "w3", 1, "starting", ["another"]), 0.0)
     (demand,) = state.demands()
-    assert ([worker.name for worker in demand.workers], demand.num_starting) == (["w0"], 1)
+    assert ([worker.name for worker in demand.ready], demand.num_starting) == (["w0"], 1)
 
 
 def test_a_workers_pace_is_its_places_over_the_time_that_one_is_taken() -> None:

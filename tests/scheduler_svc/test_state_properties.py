@@ -13,7 +13,7 @@ from scheduler_svc.policy.route import ROUTES
 from scheduler_svc.state import ClusterState
 from tests.support.scheduling import SCHEDULER, make_maker, make_request, make_state, make_status
 from weft.errors import Unavailable
-from weft.messages import Cancel, Declined, Heartbeat, TokenizedRequest
+from weft.messages import Cancel, Declined, Heartbeat, State, TokenizedRequest
 from weft.subjects import Returned
 
 MAX_NUM_SEQS = 4
@@ -34,6 +34,7 @@ class FakeWorker:
     unseen: list[TokenizedRequest] = field(default_factory=list)  # accepted, and no status has said so
     free: int = 0  # sequences, by the last status
     is_up: bool = False
+    is_draining: bool = False
 
     @property
     def num_held(self) -> int:
@@ -82,16 +83,19 @@ class Simulation:
     def do_cancel(self, number: int, epoch: int) -> None:
         self.take(self.state.on_cancel(Cancel(f"r{number}", epoch, "g0"), self.now))
 
-    def do_status(self, name: str) -> None:
+    def do_status(self, name: str, state: State = "ready") -> None:
         worker = self.workers[name]
         if not worker.is_up:
             worker.__init__(name, worker.epoch + 1)  # type: ignore[misc]  # a new life
             worker.is_up = True
+        worker.is_draining = state == "draining"
         num_running = sum(len(request.choices) for request in worker.running)
         worker.free, worker.unseen = MAX_NUM_SEQS - num_running, []
         status = make_status(
-            name, worker_epoch=worker.epoch, model=MODELS[name], num_running=num_running,
-            accepted={SCHEDULER: worker.accepted},
+            name, worker_epoch=worker.epoch, model=MODELS[name], state=state, num_running=num_running,
+            accepted={SCHEDULER: worker.accepted}, num_waiting_tokens=7 * num_running,
+            # As measured: no whole numbers, and not yet at first.
+            prefill_tokens_per_s=worker.accepted / 3, decode_tokens_per_s=self.now, step_s=0.1,
         )  # fmt: skip
         self.take(self.state.on_status(status, self.now))
 
@@ -172,7 +176,7 @@ class Simulation:
     def judge_dispatch(self, dispatch: Dispatch) -> None:
         request, worker = dispatch.request, self.workers[dispatch.decision.worker]
         key = (request.request_id, request.epoch)
-        assert worker.is_up and MODELS[worker.name] == request.model
+        assert worker.is_up and not worker.is_draining and MODELS[worker.name] == request.model
         assert key not in self.ended
         place = self.waiting.pop(key)
         assert all(place < other for other in self.waiting.values() if other.model == place.model), "out of order"
@@ -191,7 +195,7 @@ steps = st.one_of(
     st.tuples(st.just("request"), numbers, epochs, st.just(1), st.just(0)),
     st.tuples(st.just("cancel"), numbers, epochs),
     st.tuples(st.sampled_from(("status", "accept", "decline", "finish")), names),
-    st.tuples(st.just("status"), names),
+    st.tuples(st.just("status"), names, st.sampled_from(("ready", "ready", "draining"))),
     st.tuples(st.just("die"), names, st.sampled_from(("returned", "heartbeat"))),
     st.tuples(st.just("schedulers"), st.integers(1, 3)),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler_svc.cost_model import CostModel
+from scheduler_svc.ends import End, Ends
 from scheduler_svc.policy.admit import (
     ADMITS,
     AdmitContext,
     BacklogView,
     Bounded,
     EarlyReject,
-    Held,
     LoadView,
     Objectives,
     Open,
@@ -35,8 +36,10 @@ def make_view(**changes: Any) -> BacklogView:
     return dataclasses.replace(empty, **changes)
 
 
-def make_load(**changes: Any) -> LoadView:
-    idle = LoadView(make_view(), 1, 1, 0, 0, 0, 0.0, ())
+def make_load(ends: Iterable[End] = (), **changes: Any) -> LoadView:
+    idle = LoadView(make_view(), 1, 1, 0, 0, 0.0, Ends())
+    for end in ends:
+        idle.ends.add(end)
     return dataclasses.replace(idle, **changes)
 
 
@@ -101,12 +104,12 @@ def test_early_reject_refuses_when_decodes_are_too_slow_now() -> None:
 
 def test_predicted_reject_counts_what_will_run_by_then() -> None:
     policy = PredictedReject(COST, TIGHT, Open())
-    ending, staying = Held(10, 0.0, ends_at=0.5), Held(10, 0.0, ends_at=60.0)
+    ending, staying = (0.5, 10), (60.0, 10)
     busy = {"num_running": 30, "num_queued_tokens": 700}
-    assert refused(policy, make_load(held=[ending] * 30, **busy)) is None
-    assert refused(policy, make_load(held=[staying] * 30, **busy)) is not None
+    assert refused(policy, make_load([ending] * 30, **busy)) is None
+    assert refused(policy, make_load([staying] * 30, **busy)) is not None
     # What waits will have been prefilled, too.
-    assert refused(policy, make_load(held=[ending] * 30, backlog=make_view(num_requests=30), **busy)) is not None
+    assert refused(policy, make_load([ending] * 30, backlog=make_view(num_requests=30), **busy)) is not None
 
 
 def test_objectives_are_those_of_the_class() -> None:

@@ -190,12 +190,12 @@ def test_preble_exploits_where_more_is_cached_than_not() -> None:
 
 
 def test_preble_explores_where_least_work_was_given_of_late() -> None:
-    policy, workers = PrebleE2(COST, window_s=10.0), [make_worker(bit) for bit in range(3)]
-    chosen = [decide(policy, workers, make_arrival(num_blocks=n, now=0.0)).worker for n in (30, 20, 10)]
+    policy, pool = PrebleE2(COST, window_s=10.0), Pool([make_worker(bit) for bit in range(3)])
+    chosen = [policy.decide(make_arrival(num_blocks=n), pool).worker for n in (30, 20, 10)]
     assert chosen == ["w0", "w1", "w2"]
-    assert decide(policy, workers, make_arrival(now=1.0)).worker == "w2"
+    assert policy.decide(make_arrival(now=1.0), pool).worker == "w2"
     # All of it is long ago.
-    assert decide(policy, workers, make_arrival(now=20.0)).worker == "w0"
+    assert policy.decide(make_arrival(now=20.0), pool).worker == "w0"
 
 
 def test_heatmap_splits_only_cells_that_gain_and_while_prefill_workers_have_room() -> None:
