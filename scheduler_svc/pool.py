@@ -11,6 +11,8 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from heapq import nsmallest
+from itertools import islice
 from typing import Any, Final
 
 from scheduler_svc.workers import Worker
@@ -176,12 +178,13 @@ class Order:
         near = (worker for _, worker in self._places[:MAX_SPARSE_BITS] if bits >> worker.bit & 1)
         return next(near, None) or next(self._dense(bits))
 
-    def within(self, mask: int) -> Iterator[Worker]:
-        """Those whose bits are set."""
+    def within(self, mask: int, most: int | None = None) -> Iterator[Worker]:
+        """Those whose bits are set, or the first so many of them."""
         bits = mask & self.mask
-        if self._is_sparse(bits):
-            return (worker for _, worker in sorted(self._sparse(bits)))
-        return self._dense(bits)
+        if not self._is_sparse(bits):
+            return islice(self._dense(bits), most)
+        found = self._sparse(bits)
+        return (worker for _, worker in (sorted(found) if most is None else nsmallest(most, found)))
 
     def _is_sparse(self, bits: int) -> bool:
         return bits.bit_count() <= max(MAX_SPARSE_BITS, SPARSE_SHARE * len(self._places))

@@ -427,7 +427,7 @@ def _decision(policy: str, rule: str, chosen: Worker, arrival: Arrival, pool: Po
 
 def _scores(chosen: Worker, match: Match, pool: Pool) -> tuple[Score, ...]:
     """The chosen one first, then the least loaded, then those that hold most of the prompt, then by load."""
-    holders = islice(pool.by_rank.within(match.holders), MAX_SCORES) if match.longest else ()
+    holders = pool.by_rank.within(match.holders, MAX_SCORES) if match.longest else ()
     nearest = (chosen, pool.least(), *holders, *islice(pool, MAX_SCORES))
     shown = list({worker.name: worker for worker in nearest}.values())[:MAX_SCORES]
     return tuple(Score(worker.name, worker.load, worker.waiting_tokens, match.depth(worker.bit)) for worker in shown)

@@ -44,6 +44,7 @@ def test_orders_are_those_of_sorting(steps: list[tuple[int, int, int, bool]], ma
     assert pool.mask == sum(1 << worker.bit for worker in workers)
     inside = [worker for worker in pool.by_queue if mask >> worker.bit & 1]
     assert list(pool.by_queue.within(mask)) == inside
+    assert list(pool.by_queue.within(mask, 3)) == inside[:3]
     for role in ROLES:
         assert set(map(id, pool.of_role(role))) == {id(worker) for worker in workers if worker.status.role == role}
     if workers:
