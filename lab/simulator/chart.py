@@ -76,11 +76,11 @@ def draw(chart: Chart) -> str:
     """A figure with its title."""
     points = [point for line in chart.lines for point in line.points if math.isfinite(point[1])]
     title = html.escape(chart.title)
-    unit = f' <span class="unit">{html.escape(chart.unit)}</span>' if chart.unit else ""
-    caption = f"<figcaption>{title}{unit}</figcaption>"
     if not points:
-        return f'<figure>{caption}<p class="none">nothing to show</p></figure>'
+        return f'<figure>{_caption(title, chart.unit)}<p class="none">nothing to show</p></figure>'
     x, y = _x_axis(points), _y_axis(points, chart)
+    # Beside the line it would lie on those of others.
+    bar = f"objective {_tick(chart, chart.bar)}" if chart.bar and _bar(chart, y) else ""
     parts = _grid(chart, x, y, sorted({point[0] for point in points}))
     for line in chart.lines:
         parts += _line(line, chart, x, y)
@@ -88,7 +88,13 @@ def draw(chart: Chart) -> str:
     if chart.is_labelled:
         parts += _names(chart.lines, x, y)
     label = f'role="img" aria-label="{title} over {html.escape(chart.x_title)}"'
+    caption = _caption(title, chart.unit, bar)
     return f'<figure>{caption}<svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}>{"".join(parts)}</svg></figure>'
+
+
+def _caption(title: str, *facts: str) -> str:
+    told = "; ".join(html.escape(fact.strip()) for fact in facts if fact)
+    return f"<figcaption>{title}" + (f' <span class="unit">{told}</span>' if told else "") + "</figcaption>"
 
 
 def _x_axis(points: Sequence[tuple[float, float]]) -> Axis:
@@ -134,11 +140,7 @@ def _bar(chart: Chart, y: Axis) -> list[str]:
     if chart.bar is None or not y.low <= chart.bar <= y.high:
         return []
     at = y.at(chart.bar)
-    name = html.escape(f"objective {_tick(chart, chart.bar)}")
-    return [
-        f'<line class="bar" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>',
-        f'<text class="bar" x="{LEFT + 4}" y="{at - 4:.1f}">{name}</text>',
-    ]
+    return [f'<line class="bar" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>']
 
 
 def _line(line: Line, chart: Chart, x: Axis, y: Axis) -> list[str]:

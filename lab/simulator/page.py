@@ -109,19 +109,31 @@ def _legend(series: Sequence[Key]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head, *lines = cells(rows)
-    heads = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    lines, num_names = cells(rows), 2
+    if len({row.trace for row in rows}) == 1:
+        # It is in the title.
+        lines, num_names = [line[1:] for line in lines], 1
+    head, *body = lines
+    heads = _cells('th scope="col"', head, num_names)
+    inside = "\n".join(f"<tr>{_cells('td', line, num_names)}</tr>" for line in body)
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>\n{inside}\n</tbody></table>"
+
+
+def _cells(tag: str, texts: Sequence[str], num_names: int) -> str:
+    """The first ones are names, the others figures."""
+    kinds = [' class="name"'] * num_names + [""] * (len(texts) - num_names)
+    return "".join(
+        f"<{tag}{kind}>{html.escape(text)}</{tag.split()[0]}>" for kind, text in zip(kinds, texts, strict=True)
+    )
 
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #ffffff; --ink: #1c1b19; --quiet: #63615c;
-  --grid: #e5e4df; --axis: #b5b3ac; --bar: #8a6d00;
+  --grid: #e5e4df; --axis: #b5b3ac;
   --c0: #2a6fd0; --c1: #c2521b; --c2: #14885e; --c3: #a0308f; --c4: #8a6a00; --c5: #5543b8;
   --c6: #a61f3c; --c7: #4a4a48 }
 @media (prefers-color-scheme: dark) { :root { --page: #161614; --card: #20201d; --ink: #f0efeb; --quiet: #a8a69f;
-  --grid: #33332f; --axis: #6a6963; --bar: #e0bb4a;
+  --grid: #33332f; --axis: #6a6963;
   --c0: #6ea8ff; --c1: #ff9057; --c2: #45c996; --c3: #e886d8; --c4: #dcb743; --c5: #a99bff;
   --c6: #ff8095; --c7: #c4c3bd } }
 * { box-sizing: border-box }
@@ -142,9 +154,8 @@ figure svg { display: block; width: 100%; height: auto }
 text { font-size: 11px; fill: var(--quiet); font-variant-numeric: tabular-nums }
 text.name { fill: var(--ink) }
 .middle { text-anchor: middle } .end { text-anchor: end }
-.grid { stroke: var(--grid) } .axis { stroke: var(--axis) } .bar { stroke: var(--bar); stroke-dasharray: 4 3 }
-text.bar, text.name { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-dasharray: none }
-text.bar { fill: var(--bar) }
+.grid { stroke: var(--grid) } .axis { stroke: var(--axis) } .bar { stroke: var(--ink); stroke-dasharray: 4 3 }
+text.name { paint-order: stroke; stroke: var(--card); stroke-width: 3px }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
 .dot { stroke: var(--card); stroke-width: 1.5 } .hit { fill: transparent } .point:hover .dot { stroke: var(--ink) }
 STYLES
@@ -154,7 +165,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-nu
 th, td { padding: 6px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid) }
 tr:last-child td { border-bottom: 0 }
 th { color: var(--quiet); font-weight: 600 }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
+.name { text-align: left }
 .meaning { margin-top: 10px; font-size: 13px }
 code { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere }
 """.replace(

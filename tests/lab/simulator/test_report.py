@@ -88,11 +88,19 @@ def test_page_is_whole_and_needs_nothing_else() -> None:
 
 
 def test_page_of_one_series_has_quantiles_in_one_chart() -> None:
-    found = charts(page(HEADING, [row(0.5), row(1.0), row(2.0)]))
-    ttft = found[2]
+    text = page(HEADING, [row(0.5), row(1.0), row(2.0)])
+    ttft = charts(text)[2]
     assert len(ttft.findall("polyline")) == 3
     assert [text.text for text in ttft.findall("text[@class='name']")] == ["p50", "p90", "p99"]
-    assert "objective 1" in [text.text for text in ttft.findall("text[@class='bar']")]
+    assert len(ttft.findall("line[@class='bar']")) == 1
+    assert 'Time to first token <span class="unit">s; objective 1</span>' in text
+
+
+def test_trace_is_in_the_table_where_there_are_several() -> None:
+    one, two = (page(HEADING, [row(1.0), row(1.0, trace=trace)]) for trace in ("day", "night"))
+    assert '<th scope="col" class="name">trace</th>' in two and ">trace</th>" not in one
+    assert '<td class="name">night</td><td class="name">weft</td><td>1</td>' in two
+    assert '<tr><td class="name">weft</td><td>1</td>' in one
 
 
 def test_page_of_several_series_has_a_chart_for_each_figure_and_a_legend() -> None:
@@ -139,7 +147,12 @@ def test_ticks_are_short() -> None:
     svg = draw_values(0.0, 4e6, bar=2.5e6)
     assert svg is not None
     assert [text.text for text in svg.findall("text[@class='end']")] == ["0", "1M", "2M", "3M", "4M"]
-    assert [text.text for text in svg.findall("text[@class='bar']")] == ["objective 2.5M"]
+
+
+def test_objective_is_told_only_where_it_is_drawn() -> None:
+    for bar, is_drawn in ((3.0, True), (100.0, False), (None, False)):
+        drawn = draw(Chart("title", "s", "load", [Line("a", 0, ((1.0, 1.0), (2.0, 4.0)))], number, bar=bar))
+        assert ("objective 3" in drawn) == ('class="bar"' in drawn) == is_drawn
 
 
 def test_what_has_no_value_is_left_out() -> None:
