@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Final
 
 from lab.report import Conditions, flags, say
-from lab.reproduce import cache_aware, chunked, completion, fairness, heatmap, lru, rejection, reserve, routing
+from lab.reproduce import (
+    cache_aware,
+    chunked,
+    completion,
+    fairness,
+    heatmap,
+    lru,
+    presets,
+    rejection,
+    reserve,
+    routing,
+)
 from lab.reproduce.claim import Claim
 from lab.reproduce.workload import Traces
 from weft.errors import SettingsError
@@ -31,6 +42,7 @@ FAMILIES: Final[dict[str, Callable[[Traces], list[Claim]]]] = {
     "rejection": rejection.claims,
     "heatmap": heatmap.claims,
     "sglang": cache_aware.claims,
+    "presets": presets.claims,
 }
 # Beside the repository.
 TRACES: Final = Path(__file__).resolve().parents[2].parent / "shared" / "traces"

@@ -24,6 +24,8 @@ class Claim:
     most: float = math.inf
     sign: float = math.inf  # beyond this it points the same way at least
     why: str = ""  # what makes the difference, where there is one
+    if_so: str = "reproduces"
+    if_not: str = "does not reproduce"
 
     @property
     def is_reproduced(self) -> bool:
@@ -35,8 +37,8 @@ class Claim:
         if not self.claimed:
             return "no claim"
         if self.is_reproduced:
-            return "reproduces"
-        found = "same sign, smaller" if self.sign < self.measured.value < self.least else "does not reproduce"
+            return self.if_so
+        found = "same sign, smaller" if self.sign < self.measured.value < self.least else self.if_not
         return f"{found}: {self.why}" if self.why else found
 
     def line(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from lab.simulator.trace import Arrival, Trace, read
+from lab.simulator.trace import Arrival, Drawing, Trace, read
 from weft.errors import SettingsError
 
 # vLLM's blocks, for lengths that come without ids.
@@ -31,6 +31,10 @@ class Traces:
     def conversation(self, *, spread: bool = True) -> Trace:
         """Mooncake's."""
         return read(self.instead or self.folder / "mooncake_conversation_trace.jsonl.xz", spread=spread)
+
+    def first(self, name: str, count: int) -> Trace:
+        """So many requests of a file, drawn at ten a second where it has no arrivals."""
+        return read(self.instead or self.folder / name, drawn=Drawing(num_requests=count)).first(count)
 
     def azure_lengths(self, kind: str, count: int, max_tokens: int) -> Lengths:
         """The first requests of the code or conv trace that are not longer than `max_tokens` in all."""
