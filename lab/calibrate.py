@@ -2,7 +2,7 @@
 
 It runs the engine alone, with a worker's flags, over a grid of prompts and decodes, or reads what a live worker wrote
 down (`--step-log FOLDER` of a worker, `--steps FILE` here). Every other step is fitted, and the error over the others
-is printed. The file that `--out` names is what `weft sim --hardware FILE` reads.
+is printed. The file that `--out` names is what `weft sim --hardware FILE` reads, and a scheduler with `--cost-file FILE`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from lab.simulator.fit import Step, fit
-from lab.simulator.hardware import Hardware
 from scheduler_svc.cost_model import CostModel
+from scheduler_svc.hardware import Hardware
 from weft.columns import pack_u32
 from weft.errors import SettingsError, WeftError
 from weft.exit_status import BAD_SETTINGS

@@ -17,6 +17,7 @@ from typing import Final, Literal, assert_never
 from msgspec.structs import replace
 
 from scheduler_svc.actions import Action, Dispatch, Dropped, Lost, Queued, Reject, WantSnapshot
+from scheduler_svc.hardware import read_cost
 from scheduler_svc.objective import parse_objectives
 from scheduler_svc.policies import PolicyMaker, PolicyNames
 from scheduler_svc.policy.route import ASSUMED_HEATMAP
@@ -93,6 +94,7 @@ class SchedulerService:
                 random.Random(),
                 settings.max_queued_requests,
                 settings.max_queued_tokens,
+                cost=read_cost(settings.cost_file),
                 objectives=parse_objectives(settings.slo),
                 weights=Tenants.read(settings.tenants_file).weights(),
                 heatmap=ASSUMED_HEATMAP,

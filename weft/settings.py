@@ -222,6 +222,11 @@ class SchedulerSettings:
         "predicted_reject and edf.",
     )
     tenants_file: str = _tenants_file()
+    cost_file: str = setting(
+        "",
+        "File that `weft calibrate --out` wrote on a worker's machine: what work costs, for early_reject, "
+        "predicted_reject, min_ttft and preble_e2; without one, from what workers measure lately.",
+    )
     max_queued_requests: int = setting(
         2048,
         "Requests of a model that may wait before new ones get 429; fewer to refuse early, more to ride out bursts.",

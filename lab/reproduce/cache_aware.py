@@ -12,10 +12,11 @@ from typing import Final
 
 from lab.reproduce.claim import Claim, at_least, ratio, shown
 from lab.reproduce.workload import TOKEN_BLOCK, Traces
-from lab.simulator.hardware import HARDWARE, Hardware
+from lab.simulator.hardware import HARDWARE
 from lab.simulator.record import Summary
 from lab.simulator.simulation import Fleet, Setup, simulate
 from lab.simulator.trace import Arrival, Trace
+from scheduler_svc.hardware import Hardware
 from scheduler_svc.policies import PolicyMaker, PolicyNames
 from worker_svc.batch import Limits
 

@@ -5,25 +5,12 @@ What is not here is read from a JSON file of the same fields, as `weft calibrate
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from scheduler_svc.cost_model import CostModel
+from scheduler_svc.hardware import Hardware, read_hardware
 from weft.errors import SettingsError
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """One worker of a kind."""
-
-    what: str
-    cost: CostModel
-    kv_tokens: int  # that fit beside the weights
-    kv_bytes_per_token: int
-    spread: tuple[float, ...] = ()  # factors of the formula's times that were measured, each as likely as the others
 
 
 def _flops(
@@ -102,17 +89,4 @@ def find(name: str) -> Hardware:
     path = Path(name)
     if not path.exists():
         raise SettingsError(f"no hardware {name!r} and no such file; there are {', '.join(HARDWARE)}")
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=Hardware)
-    except (OSError, msgspec.DecodeError) as error:
-        raise SettingsError(f"hardware file {path} makes no sense: {error}") from error
-    for constant, value in asdict(found.cost).items():
-        if value < 0:
-            raise SettingsError(f"hardware file {path}: {constant} is below zero")
-    if found.spread and min(found.spread) <= 0:
-        raise SettingsError(f"hardware file {path}: a factor of spread is not above zero")
-    if not found.cost.step_s(1, 1, 1, 1, 1):
-        raise SettingsError(f"hardware file {path}: no work takes any time")
-    if found.kv_tokens < 1 or found.kv_bytes_per_token < 1:
-        raise SettingsError(f"hardware file {path}: kv_tokens and kv_bytes_per_token must be at least 1")
-    return found
+    return read_hardware("hardware", path)

@@ -11,11 +11,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from random import Random
 
-from lab.simulator.hardware import Hardware
 from lab.simulator.kv_pool import KvSharing
 from lab.simulator.record import Slo, Summary
 from lab.simulator.simulation import Fleet, Setup, simulate
 from lab.simulator.trace import Trace
+from scheduler_svc.hardware import Hardware
 from scheduler_svc.policies import PolicyMaker, PolicyNames
 from scheduler_svc.policy.admit import Objectives
 from weft.errors import SettingsError

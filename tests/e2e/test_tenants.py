@@ -128,10 +128,12 @@ async def test_a_tenant_of_more_weight_is_served_more(mesh: Up) -> None:
     assert ended[:20].count("heavy") >= 13
 
 
-def test_a_bad_tenants_file_or_objective_is_said_and_ends_the_start(tmp_path: Path) -> None:
+def test_a_bad_file_or_objective_is_said_and_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "tenants").write_text("acme weight=heavy\n")
+    (tmp_path / "cost").write_text('{"what": "mine"}\n')
     for argv, sentence in (
         (["--tenants-file", str(tmp_path / "tenants")], "line 1: weight: 'heavy' is no number above 0"),
+        (["--cost-file", str(tmp_path / "cost")], "missing required field `cost`"),
         (["--slo", "ttft=soon"], "'soon' is no number of seconds above 0"),
     ):
         failed = up.start(tmp_path, *argv)

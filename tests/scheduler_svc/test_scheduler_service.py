@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from scheduler_svc.cost_model import CostModel
+from scheduler_svc.hardware import Hardware
 from scheduler_svc.service import SchedulerService
 from tests.support import nats, ring
 from tests.support.scheduling import MODEL, block, make_events, make_request, make_status
@@ -157,6 +161,19 @@ async def test_request_goes_to_a_worker_stamped_and_nobody_else_hears_of_it(url:
         await near.gateway.flush()
         assert near.events == []
         assert service.models() == [MODEL]
+
+
+async def test_a_calibration_says_what_work_costs(url: str, near: Neighbours, tmp_path: Path) -> None:
+    path = tmp_path / "slow.json"
+    path.write_bytes(
+        msgspec.json.encode(Hardware("slow", CostModel(token_s=1.0), kv_tokens=1000, kv_bytes_per_token=1))
+    )
+    async with scheduler(url, cost_file=str(path), slo="ttft=20") as service:
+        await near.worker("w0")
+        await with_workers(service, 1)
+        near.schedule(make_request("short", blocks=[1]), make_request("long", blocks=[1, 2]))
+        await until(lambda: near.kinds("long"))
+        assert (near.kinds("short"), near.kinds("long")) == ([], ["rejected"])
 
 
 async def test_gateway_is_told_of_decisions_together_and_with_their_candidates(url: str, near: Neighbours) -> None:
