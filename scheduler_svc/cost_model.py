@@ -50,3 +50,10 @@ class CostModel:
         if prefill_tokens_per_s:
             self.token_s = 1 / prefill_tokens_per_s
         self.overhead_s = step_s
+
+
+@dataclass(slots=True)
+class Transfer:
+    """How long KV takes to get to a worker that does not have it."""
+
+    block_s: float | None = None  # seconds of a block; None if it cannot be had, or nobody has measured it

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
-from scheduler_svc.cost_model import CostModel
+from scheduler_svc.cost_model import CostModel, Transfer
 from scheduler_svc.policy.admit import ADMITS, AdmitContext, AdmitPolicy, Objectives
 from scheduler_svc.policy.order import ORDERS, Fair, OrderPolicy
 from scheduler_svc.policy.predict import PREDICTORS, PredictPolicy
@@ -61,6 +61,7 @@ class Policies:
     route: RoutePolicy
     predict: PredictPolicy
     cost: CostModel
+    transfer: Transfer
     is_calibrated: bool
 
     @property
@@ -79,7 +80,7 @@ class PolicyMaker:
     cost: CostModel | None = None  # as calibrated; None for what workers measure
     objectives: Mapping[str, Objectives] = field(default_factory=dict)  # by SLO class
     weights: Mapping[str, float] = field(default_factory=dict)  # by tenant
-    block_transfer_s: float | None = None
+    block_transfer_s: float | None = None  # as given; None for what workers measure
     heatmap: Heatmap = field(default_factory=dict)
     split_override: float = 1.5  # load at which `pd_heatmap` splits no more, of that of workers that do both
     block_size: int = BLOCK_SIZE  # tokens of a block that workers tell of
@@ -95,10 +96,9 @@ class PolicyMaker:
         admit = ADMITS[names.admit](
             AdmitContext(self.max_queued_requests, self.max_queued_tokens, cost, self.objectives)
         )
-        context = RouteContext(
-            self.chance, cost, self.block_transfer_s, self.heatmap, self.block_size, self.split_override
-        )
-        return Policies(names, admit, ROUTES[names.route](context), predict, cost, self.cost is not None)
+        transfer = Transfer(self.block_transfer_s)
+        context = RouteContext(self.chance, cost, transfer, self.heatmap, self.block_size, self.split_override)
+        return Policies(names, admit, ROUTES[names.route](context), predict, cost, transfer, self.cost is not None)
 
     def order(self, names: PolicyNames) -> OrderPolicy:
         """An empty queue."""

@@ -117,6 +117,8 @@ class ClusterState:
         policies = self._policies_of(status.model)
         if not policies.is_calibrated:
             policies.cost.follow(status.prefill_tokens_per_s, status.step_s)
+        if self._maker.block_transfer_s is None:
+            policies.transfer.block_s = self._totals(status.model).sums.block_load_s
         if self._blocks.check_sequence(worker.name, status.kv_sequence, now):
             actions.append(WantSnapshot(worker.name))
         return actions + self._pump(status.model, now)

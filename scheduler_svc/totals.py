@@ -13,7 +13,8 @@ from typing import Final, NamedTuple
 
 from scheduler_svc.workers import Worker
 
-# Rates are summed as whole numbers of tokens in so many seconds: a sum of floats would drift with every change.
+# Rates are summed as whole numbers of tokens in so many seconds, and times in nanoseconds: a sum of floats would drift
+# with every change.
 _RATE_S: Final = 1000
 
 
@@ -28,6 +29,13 @@ class Sums(NamedTuple):
     num_decoding: int = 0
     prefill_tokens: int = 0  # in _RATE_S, by those that prefill
     decode_tokens: int = 0
+    num_loading: int = 0  # workers that have loaded KV blocks from the cache service
+    block_load_ns: int = 0  # of all these
+
+    @property
+    def block_load_s(self) -> float | None:
+        """Seconds that a block takes from the cache service, the mean of the workers that have measured it."""
+        return self.block_load_ns / self.num_loading * 1e-9 if self.num_loading else None
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -107,4 +115,6 @@ def _sums_of(worker: Worker) -> Sums:
         num_decoding=int(decodes),
         prefill_tokens=round(_RATE_S * status.prefill_tokens_per_s) if prefills else 0,
         decode_tokens=round(_RATE_S * status.decode_tokens_per_s) if decodes else 0,
+        num_loading=int(status.block_load_s > 0),
+        block_load_ns=round(1e9 * status.block_load_s),
     )

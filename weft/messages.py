@@ -403,6 +403,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, tag=9, tag_field="t", forbid_unk
     decode_tokens_per_s: Seconds = 0.0
     role: WorkerRole = "both"
     step_s: Seconds = 0.0  # of late; what a decode waits for its next token
+    block_load_s: Seconds = 0.0  # of late; a KV block from the cache service; 0 = not measured, or it cannot be had
     v: Literal[1] = 1
 
 

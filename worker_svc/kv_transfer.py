@@ -104,6 +104,12 @@ class KvTransfer:
         """Load blocks in the background; `engine.submit(BlocksLoaded)` within the limit, whatever comes of it."""
         self._spawn(self._load(wanted))
 
+    @property
+    def block_load_s(self) -> float:
+        """Seconds that a block took lately; 0 if none was loaded yet, or there is no cache service."""
+        rate = self._engine.load_bytes_per_s
+        return self._engine.block_bytes / rate if rate and self._shards else 0.0
+
     def stats(self) -> dict[str, float]:
         return totals(self._counters) | {
             "shards": float(len(self._shards)),

@@ -70,7 +70,13 @@ class Reports:
         return KvEvents(self._worker, self._worker_epoch, self._kv_sequence, b"".join(hashes), snapshot=True)
 
     def status(
-        self, folder: ModelFolder, state: State, load: EngineLoad, num_sequences: int, max_num_seqs: int
+        self,
+        folder: ModelFolder,
+        state: State,
+        load: EngineLoad,
+        num_sequences: int,
+        max_num_seqs: int,
+        block_load_s: float = 0.0,
     ) -> WorkerStatus:
         num_running = min(load.num_running, num_sequences)
         return WorkerStatus(
@@ -91,6 +97,7 @@ class Reports:
             decode_tokens_per_s=load.decode_tokens_per_s,
             role=self._role,
             step_s=load.step_s,
+            block_load_s=block_load_s,
         )
 
     def started(self, started: Started, stamps: Mapping[str, float]) -> StreamEvent:

@@ -391,7 +391,12 @@ class WorkerService:
             self._status_timer = None
         if self._engine is not None and self._folder is not None:
             status = self._reports.status(
-                self._folder, self._state, self._engine.load, self._held.num_sequences, self._settings.max_num_seqs
+                self._folder,
+                self._state,
+                self._engine.load,
+                self._held.num_sequences,
+                self._settings.max_num_seqs,
+                self._kv.block_load_s if self._kv is not None else 0.0,
             )
             self._bus.tell(subjects.status(self._instance), status)
 

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from msgspec.structs import replace
 
 from scheduler_svc.block_index import NO_MATCH, Match
-from scheduler_svc.cost_model import CostModel
+from scheduler_svc.cost_model import CostModel, Transfer
 from scheduler_svc.pool import Pool
 from scheduler_svc.workers import Rank, Worker
 from weft.hashing import BLOCK_SIZE
@@ -212,14 +212,13 @@ class MinTtft:
         cost: CostModel,
         *,
         balance: float = 2.0,
-        block_transfer_s: float | None = None,
+        transfer: Transfer | None = None,
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        """`block_transfer_s`: seconds to get a block from where it is; None if that cannot be done."""
         self._cost = cost
         self._block_size = block_size
         self._balance = balance
-        self._block_transfer_s = block_transfer_s
+        self._transfer = transfer or Transfer()
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
         if arrival.is_decode:
@@ -247,11 +246,11 @@ class MinTtft:
         return replace(_decision(self.name, rule, worker, arrival, pool), expected_ttft_s=seconds)
 
     def _first_token_s(self, arrival: Arrival, depth: int) -> tuple[float, str]:
-        longest = arrival.match.longest
+        longest, block_s = arrival.match.longest, self._transfer.block_s
         computed = self._cost.prefill_s(arrival.num_tokens, depth * self._block_size)
-        if self._block_transfer_s is None or longest <= self._balance * depth:
+        if block_s is None or longest <= self._balance * depth:
             return computed, "compute"
-        fetched = (longest - depth) * self._block_transfer_s
+        fetched = (longest - depth) * block_s
         fetched += self._cost.prefill_s(arrival.num_tokens, longest * self._block_size)
         return (fetched, "fetch") if fetched < computed else (computed, "compute")
 
@@ -388,7 +387,7 @@ class RouteContext:
 
     chance: Chance
     cost: CostModel
-    block_transfer_s: float | None = None
+    transfer: Transfer = field(default_factory=Transfer)
     heatmap: Heatmap = field(default_factory=dict)
     block_size: int = BLOCK_SIZE  # tokens
     split_override: float = 1.5  # of `PdHeatmap`
@@ -401,9 +400,7 @@ ROUTES: Final[dict[str, Callable[[RouteContext], RoutePolicy]]] = {
     "power_of_two": lambda context: PowerOfTwo(context.chance),
     "prefix_aware": lambda context: PrefixAware(),
     "least_prefill": lambda context: LeastPrefill(block_size=context.block_size),
-    "min_ttft": lambda context: MinTtft(
-        context.cost, block_transfer_s=context.block_transfer_s, block_size=context.block_size
-    ),
+    "min_ttft": lambda context: MinTtft(context.cost, transfer=context.transfer, block_size=context.block_size),
     "pd_heatmap": lambda context: PdHeatmap(context.heatmap, override=context.split_override),
     "preble_e2": lambda context: PrebleE2(context.cost, block_size=context.block_size),
 }

@@ -89,7 +89,7 @@ SAMPLES: dict[str, m.Message] = {
     "Claims": m.Claims("worker", "w1", ["r1"], pack_u32([2])),
     "Cancel": m.Cancel("r1", 2, "g1", pack_u32([7])),
     "WorkerStatus": m.WorkerStatus(
-        "w1", 3, "tales-6m", "ready", 64, 5, 2, 900, 1000, 800, {"s1": 12}, 4, 5000.0, 300.0, "decode", 0.03
+        "w1", 3, "tales-6m", "ready", 64, 5, 2, 900, 1000, 800, {"s1": 12}, 4, 5000.0, 300.0, "decode", 0.03, 0.002
     ),
     "Ended": m.Ended("w1", "tales-6m", ["r1"], ["ann"], pack_u32([3]), pack_u32([64])),
     "KvEvents": m.KvEvents("w1", 3, 4, HASH_A, HASH_B, True),

@@ -176,6 +176,24 @@ async def test_a_calibration_says_what_work_costs(url: str, near: Neighbours, tm
         assert (near.kinds("short"), near.kinds("long")) == ([], ["rejected"])
 
 
+async def test_what_loading_a_block_took_a_worker_lets_requests_go_where_their_prefix_is_not(
+    url: str, near: Neighbours
+) -> None:
+    async with scheduler(url, route="min_ttft") as service:
+        idle = await near.worker("w0", prefill_tokens_per_s=1000.0, block_load_s=0.0001)
+        holder = await near.worker("w1", prefill_tokens_per_s=1000.0, num_waiting_tokens=150)
+        holder.bus.send(subjects.kv("w1"), make_events(1, range(10), holder="w1"))
+        await with_workers(service, 2)
+        await until(lambda: service.stats()["blocks"] == 10)
+        # 160 tokens would take 160 ms, and 10 blocks take 1 ms.
+        near.schedule(make_request("r0", blocks=range(10)))
+        await until(lambda: near.decisions)
+        decision = near.decisions[0].placed[0].decision
+        assert (decision.worker, decision.rule) == ("w0", "fetch")
+        assert decision.expected_ttft_s == pytest.approx(0.001)
+        assert idle.ids() == ["r0"]
+
+
 async def test_gateway_is_told_of_decisions_together_and_with_their_candidates(url: str, near: Neighbours) -> None:
     async with scheduler(url) as service:
         worker = await near.worker("w0")

@@ -312,6 +312,23 @@ def test_request_follows_its_prefix_and_the_decision_says_why() -> None:
     assert {score.worker: score.matched_blocks for score in decision.scores} == {"w0": 0, "w1": 3, "w2": 1}
 
 
+def test_min_ttft_counts_on_the_store_as_long_as_workers_say_how_fast_it_is() -> None:
+    state = make_state(route="min_ttft")
+    state.on_status(make_status("w1", num_waiting_tokens=500), 0.0)
+    state.on_kv(make_events(1, range(10), holder="w1"), 0.0)
+
+    def rule_when(number: int, **status: float) -> tuple[str, str]:
+        state.on_status(make_status("w0", prefill_tokens_per_s=1000.0, accepted={SCHEDULER: number}, **status), 0.1)
+        (action,) = state.on_request(make_request(f"r{number}", blocks=range(10)), 0.1)
+        assert isinstance(action, Dispatch)
+        return action.decision.worker, action.decision.rule
+
+    assert rule_when(0) == ("w0", "compute"), "nobody has loaded anything"
+    assert rule_when(1, block_load_s=0.001) == ("w0", "fetch")
+    assert rule_when(2, block_load_s=1.0) == ("w0", "compute"), "computing is faster"
+    assert rule_when(3, block_load_s=0.0) == ("w0", "compute"), "there is no store any more"
+
+
 def test_missed_events_are_asked_for_once() -> None:
     state = make_state(route="prefix_aware")
     assert told(state.on_status(make_status(kv_sequence=7), 0.0)) == [("snapshot", "w0")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ WORKERS = st.builds(
     NUMBERS,
     max_num_seqs=st.integers(1, 3),
     waiting_tokens=NUMBERS,
+    block_load_s=st.sampled_from((0.0, 0.1, 1e-9, 1 / 3)),
     prefill_tokens_per_s=st.sampled_from((0.0, 0.1, 1e12, 1 / 3)),
     decode_tokens_per_s=st.floats(0, 1e12),
 )
@@ -57,3 +59,9 @@ def test_rates_are_those_of_the_workers_that_are_for_it() -> None:
     sums = Totals(make_worker(bit, role=role, **rates) for bit, role in enumerate(("both", "prefill", "decode"))).sums
     assert (sums.num_prefilling, sums.num_decoding) == (2, 2)
     assert (sums.prefill_tokens_per_s, sums.decode_tokens_per_s) == (200, 20)
+
+
+def test_the_time_of_a_block_is_the_mean_of_those_that_loaded_some() -> None:
+    assert Totals([make_worker(0)]).sums.block_load_s is None
+    totals = Totals(make_worker(bit, block_load_s=seconds) for bit, seconds in enumerate((0.0, 0.001, 0.003)))
+    assert totals.sums.block_load_s == pytest.approx(0.002)

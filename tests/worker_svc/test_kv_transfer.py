@@ -121,7 +121,10 @@ async def test_offloaded_blocks_are_loaded_by_another_worker(url: str) -> None:
         await first.offload(range(40))
         assert first.transfer.stats()["offload_sent_total"] == 40
         assert await second.load(range(40)) == 40
-        assert second.engine.load_bytes_per_s > 0
+        assert first.transfer.block_load_s == 0, "it has loaded nothing"
+        assert second.transfer.block_load_s == pytest.approx(BLOCK_BYTES / second.engine.load_bytes_per_s)
+        second.transfer.set_shards([])
+        assert second.transfer.block_load_s == 0, "nothing can be had any more"
         assert second.transfer.stats()["load_bytes_total"] == 40 * BLOCK_BYTES
 
 

@@ -50,4 +50,5 @@ def test_ended_choices_are_told_with_their_tenant_and_lengths() -> None:
 
 def test_status_says_what_the_worker_is_for() -> None:
     folder = model_folder.read(ModelSettings(model="tales-1m"))
-    assert Reports("w1", 7, "decode").status(folder, "ready", EngineLoad(), 0, 8).role == "decode"
+    status = Reports("w1", 7, "decode").status(folder, "ready", EngineLoad(), 0, 8, block_load_s=0.25)
+    assert (status.role, status.block_load_s) == ("decode", 0.25)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler_svc.block_index import Match
-from scheduler_svc.cost_model import CostModel
+from scheduler_svc.cost_model import CostModel, Transfer
 from scheduler_svc.policy.route import (
     ASSUMED_HEATMAP,
     ROUTES,
@@ -143,10 +143,10 @@ def test_min_ttft_weighs_a_queue_against_a_prefix() -> None:
 
 def test_min_ttft_fetches_a_prefix_where_that_is_faster() -> None:
     workers, arrival = [make_worker(0), make_worker(1, waiting_tokens=500)], make_arrival(((10, 0b10),))
-    decision = decide(MinTtft(COST, block_transfer_s=0.001), workers, arrival)
+    decision = decide(MinTtft(COST, transfer=Transfer(0.001)), workers, arrival)
     assert (decision.worker, decision.rule) == ("w0", "fetch")
     assert decision.expected_ttft_s == pytest.approx(0.01)
-    slow = decide(MinTtft(COST, block_transfer_s=1.0), workers, arrival)
+    slow = decide(MinTtft(COST, transfer=Transfer(1.0)), workers, arrival)
     assert (slow.worker, slow.rule) == ("w0", "compute")
 
 
@@ -154,11 +154,11 @@ def test_min_ttft_fetches_a_prefix_where_that_is_faster() -> None:
     st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3000)), min_size=1, max_size=30),
     st.one_of(st.none(), st.floats(0, 0.1)),
 )
-def test_no_other_worker_has_a_lower_estimate(shape: list[tuple[int, int]], block_transfer_s: float | None) -> None:
+def test_no_other_worker_has_a_lower_estimate(shape: list[tuple[int, int]], block_s: float | None) -> None:
     workers = [make_worker(bit, waiting_tokens=waiting) for bit, (_, waiting) in enumerate(shape)]
     depths = sorted({depth for depth, _ in shape if depth})
     levels = tuple((d, sum(1 << bit for bit, (held, _) in enumerate(shape) if held >= d)) for d in depths)
-    policy = MinTtft(COST, block_transfer_s=block_transfer_s)
+    policy = MinTtft(COST, transfer=Transfer(block_s))
     decision = decide(policy, workers, make_arrival(levels, 6))
     estimates = [
         COST.prefill_s(waiting) + policy._first_token_s(make_arrival(levels, 6), held)[0] for held, waiting in shape
