@@ -7,6 +7,7 @@ named. What a class does not name, it does not promise.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
 from scheduler_svc.policy.admit import Objectives
@@ -32,6 +33,11 @@ def parse_objectives(text: str) -> dict[str, Objectives]:
             raise _bad(part, f"the class {name!r} is there already")
         found[SLO_CLASSES[name]] = _objectives(part, promises)
     return found
+
+
+def strictest_ttft_s(objectives: Mapping[str, Objectives]) -> float:
+    """The least that any class is promised, in seconds; infinity if none is promised a first token."""
+    return min((promised.ttft_s for promised in objectives.values()), default=math.inf)
 
 
 def _objectives(part: str, promises: str) -> Objectives:

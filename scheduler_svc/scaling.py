@@ -6,15 +6,17 @@ asks the policy; when it goes, the next one begins with the workers that are the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from scheduler_svc.policy.scale import SCALES, Loss, ScaleLimits, ScalePolicy, ScaleView, Target, order_by_loss
 from scheduler_svc.totals import Totals
-from weft.errors import InvalidRequest
+from weft.errors import InvalidRequest, SettingsError
 from weft.messages import Ended, ScaleAdvice, TokenizedRequest
 
+NO_PROMISE: Final = "slo needs the promise of a first token that it is to keep, as by --slo ttft=2"
 # A worker's pace is learnt from about so many seconds back.
 MEMORY_S: Final = 60.0
 
@@ -73,7 +75,14 @@ class _Model:
 class Scaling:
     """One scheduler's part in scaling all models."""
 
-    def __init__(self, scheduler: str, policy: str, limits: ScaleLimits, ttft_s: float) -> None:
+    def __init__(self, scheduler: str, policy: str, limits: ScaleLimits, ttft_s: float = math.inf) -> None:
+        """`ttft_s`: the strictest promise of a first token, which the policy `slo` keeps.
+
+        Raises:
+            SettingsError: the policy is `slo`, and nothing is promised.
+        """
+        if policy == "slo" and ttft_s == math.inf:
+            raise SettingsError(f"scale: {NO_PROMISE}")
         self._policy = policy
         self._scheduler = scheduler
         self._limits = limits
@@ -86,6 +95,11 @@ class Scaling:
             self._policy = policy
         for known in [self._model(model)] if model else self._models.values():
             known.policy = SCALES[policy](self._limits)
+
+    @property
+    def can_keep_promises(self) -> bool:
+        """Whether there is one that the policy `slo` could keep."""
+        return self._ttft_s < math.inf
 
     def policy_of(self, model: str = "") -> str:
         """By name; of models of which nothing else was said without one."""
@@ -163,6 +177,8 @@ def check_scale(scaling: Scaling | None, policy: str | None) -> None:
         raise InvalidRequest("scaling is off: it is switched on at the start, by --scale", param="policies")
     if policy not in SCALES:
         raise InvalidRequest(f"no scale policy {policy!r}; there are {', '.join(SCALES)}", param="policies")
+    if policy == "slo" and not scaling.can_keep_promises:
+        raise InvalidRequest(NO_PROMISE, param="policies")
 
 
 def _drain_order(demand: Demand, target: Target) -> list[str]:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from scheduler_svc.actions import Action, Dispatch, Dropped, Lost, Queued, Reject, WantSnapshot
 from scheduler_svc.hardware import read_cost
-from scheduler_svc.objective import parse_objectives
+from scheduler_svc.objective import parse_objectives, strictest_ttft_s
 from scheduler_svc.policies import PolicyMaker, PolicyNames
 from scheduler_svc.policy.route import ASSUMED_HEATMAP
 from scheduler_svc.policy.scale import ScaleLimits
@@ -88,6 +88,7 @@ class SchedulerService:
         self._context = context
         self._bus = context.bus
         self._instance = context.instance
+        objectives = parse_objectives(settings.slo)
         self._state = ClusterState(
             context.instance,
             PolicyMaker(
@@ -95,7 +96,7 @@ class SchedulerService:
                 settings.max_queued_requests,
                 settings.max_queued_tokens,
                 cost=read_cost(settings.cost_file),
-                objectives=parse_objectives(settings.slo),
+                objectives=objectives,
                 weights=Tenants.read(settings.tenants_file).weights(),
                 heatmap=ASSUMED_HEATMAP,
             ),
@@ -104,7 +105,7 @@ class SchedulerService:
         self._scaling: Scaling | None = None
         if settings.scale != "none":
             limits = ScaleLimits(settings.min_workers, settings.max_workers, settings.scale_idle_s)
-            self._scaling = Scaling(context.instance, settings.scale, limits, settings.scale_ttft_s)
+            self._scaling = Scaling(context.instance, settings.scale, limits, strictest_ttft_s(objectives))
         context.switch_policies = self._switch_policies
         self._asking: set[str] = set()  # workers whose snapshot is on its way
         self._decisions: dict[str, list[Placed]] = {}  # by the gateway to be told

@@ -219,7 +219,7 @@ class SchedulerSettings:
     slo: str = setting(
         WEFT.slo,
         "What SLO classes are promised, in seconds, as `ttft=2,tbt=0.2; priority:ttft=0.5,tbt=0.1`, for early_reject, "
-        "predicted_reject and edf.",
+        "predicted_reject, edf and `--scale slo`.",
     )
     tenants_file: str = _tenants_file()
     cost_file: str = setting(
@@ -237,7 +237,8 @@ class SchedulerSettings:
     )
     scale: str = setting(
         "none",
-        "How many workers a model gets: as many as its load asks for, by queue, by the promised TTFT or by forecast.",
+        "How many workers a model gets: as many as its load asks for, by queue, by the strictest TTFT of `--slo` or by "
+        "forecast.",
         choices=("none", "fixed", "queue", "slo", "predictive"),
     )
     min_workers: int = setting(
@@ -248,9 +249,6 @@ class SchedulerSettings:
     )
     scale_idle_s: float = setting(
         300.0, "Seconds without a request after which a model has no workers, where the minimum is 0.", ge=0
-    )
-    scale_ttft_s: float = setting(
-        1.0, "Seconds to the first token that `--scale slo` keeps by starting workers; as users will bear.", ge=0.01
     )
 
 

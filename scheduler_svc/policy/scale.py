@@ -57,7 +57,7 @@ class ScaleView:
     max_num_seqs: int = 0  # sequences that a worker holds; 0 = no worker has said yet
     prefill_tokens_per_s: float = 0.0  # of one worker; 0 = not measured yet
     requests_per_s: float = 0.0  # that one worker ends when it is full; 0 = not measured yet
-    ttft_s: float = 1.0  # objective
+    ttft_s: float = math.inf  # the strictest promise of a first token
 
     @property
     def seats_needed(self) -> float:
@@ -179,7 +179,7 @@ class Queue:
 
 
 class Slo:
-    """As many as bring the last one that waits to its first token within the objective.
+    """As many as bring the last one that waits to its first token within the strictest objective of any class.
 
     Rule: with n workers the last in the queue waits for the prefill of all tokens before it, tokens / (n rate), and,
     if nothing has room for it, until as many requests have ended as wait, waiting / (n requests_per_s). The need is

@@ -134,6 +134,7 @@ def test_a_bad_file_or_objective_is_said_and_ends_the_start(tmp_path: Path) -> N
     for argv, sentence in (
         (["--tenants-file", str(tmp_path / "tenants")], "line 1: weight: 'heavy' is no number above 0"),
         (["--cost-file", str(tmp_path / "cost")], "missing required field `cost`"),
+        (["--scale", "slo", "--slo", "tbt=0.1"], "slo needs the promise of a first token"),
         (["--slo", "ttft=soon"], "'soon' is no number of seconds above 0"),
     ):
         failed = up.start(tmp_path, *argv)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler_svc.objective import parse_objectives
+from scheduler_svc.objective import parse_objectives, strictest_ttft_s
 from scheduler_svc.policy.admit import Objectives
 from weft.errors import SettingsError
 
@@ -43,3 +43,10 @@ def test_a_mistake_is_named(text: str, sentence: str) -> None:
     with pytest.raises(SettingsError) as caught:
         parse_objectives(text)
     assert caught.value.message == sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "ttft_s"), [("", INF), ("tbt=0.2", INF), ("ttft=2", 2.0), ("ttft=2; priority:ttft=0.5; flex:tbt=1", 0.5)]
+)
+def test_the_strictest_promise_of_a_first_token_is_that_of_any_class(text: str, ttft_s: float) -> None:
+    assert strictest_ttft_s(parse_objectives(text)) == ttft_s

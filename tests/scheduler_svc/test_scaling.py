@@ -9,7 +9,7 @@ from scheduler_svc.scaling import Scaling, check_scale
 from scheduler_svc.state import ClusterState
 from tests.support.scheduling import MODEL, make_events, make_maker, make_request, make_status
 from weft.columns import pack_u32
-from weft.errors import InvalidRequest
+from weft.errors import InvalidRequest, SettingsError
 from weft.messages import Ended, Heartbeat, ScaleAdvice
 
 
@@ -98,6 +98,20 @@ def test_a_policy_is_switched_while_running() -> None:
     assert (scaling.policy_of(MODEL), advise(scaling, state).target) == ("fixed", 4)
     scaling.switch("slo", MODEL)
     assert (scaling.policy_of(MODEL), scaling.policy_of("another")) == ("slo", "fixed")
+
+
+def test_slo_needs_a_promise_that_it_could_keep() -> None:
+    with pytest.raises(SettingsError, match="scale: slo needs the promise of a first token .* --slo ttft=2"):
+        Scaling("s0", "slo", ScaleLimits())
+    with pytest.raises(InvalidRequest, match="slo needs the promise of a first token"):
+        check_scale(Scaling("s0", "queue", ScaleLimits()), "slo")
+
+
+def test_slo_keeps_the_promise_that_it_was_given() -> None:
+    state = ClusterState("s0", make_maker())
+    state.on_status(make_status("w0", num_waiting_tokens=3000, num_waiting=1, prefill_tokens_per_s=1000.0), 0.0)
+    targets = [advise(Scaling("s0", "slo", ScaleLimits(0, 9), ttft_s), state).target for ttft_s in (6.0, 3.0, 1.5)]
+    assert targets == [1, 2, 3]
 
 
 def test_what_cannot_be_switched_to_is_said() -> None:

@@ -134,7 +134,7 @@ def test_slo_grows_until_the_predicted_ttft_is_within_the_objective() -> None:
 
 
 def test_slo_counts_the_wait_for_a_place_too() -> None:
-    full = at(0.0, num_waiting=8, num_running=10, num_ready=1, prefill_tokens_per_s=1e6, requests_per_s=4.0)
+    full = at(0.0, ttft_s=1.0, num_waiting=8, num_running=10, num_ready=1, prefill_tokens_per_s=1e6, requests_per_s=4.0)
     assert Slo(LIMITS).decide(full).num_workers == 3
 
 
