@@ -105,12 +105,15 @@ def make_setup(trace: Trace, preset: Preset, num_workers: int, knobs: Knobs) -> 
 
 
 def _limits(trace: Trace, preset: Preset, knobs: Knobs) -> Limits:
+    num_blocks = (knobs.kv_tokens or knobs.hardware.kv_tokens) // trace.block_size
+    longest = max(arrival.num_prompt_tokens + arrival.num_output_tokens for arrival in trace.arrivals)
     return Limits(
         max_num_seqs=knobs.max_num_seqs or preset.max_num_seqs,
         max_num_batched_tokens=knobs.max_num_batched_tokens or preset.max_num_batched_tokens,
         policy=knobs.batching or preset.batching,
         reserve=knobs.reserve or preset.reserve,
-        max_model_len=max(arrival.num_prompt_tokens + arrival.num_output_tokens for arrival in trace.arrivals),
+        # As a worker's context, which is no longer than its memory.
+        max_model_len=min(longest, num_blocks * trace.block_size),
     )
 
 

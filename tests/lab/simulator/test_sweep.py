@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,13 @@ def test_knobs_win_over_the_preset() -> None:
     assert setup.fleet.limits.max_num_batched_tokens == PRESETS["vllm"].max_num_batched_tokens
     assert setup.fleet.kv_tokens == 4096 and setup.fleet.roles == {"prefill": 1, "decode": 2}
     assert setup.fleet.sharing is not None and setup.fleet.sharing.capacity_tokens == 100
+
+
+def test_a_request_longer_than_the_memory_does_not_let_reserve_max_refuse_the_others() -> None:
+    trace = Trace("one too long", (*TRACE.arrivals, Arrival(12.0, 5000, 20, ())), 256)
+    knobs = replace(KNOBS, reserve="reserve_max", kv_tokens=4200)
+    summary = play(Case(trace, "vllm", 1.0, make_setup(trace, PRESETS["vllm"], 2, knobs))).summary
+    assert (summary.num_ended, summary.num_refused) == (40, 1)
 
 
 def test_only_presets_with_a_pool_share_memory() -> None:
