@@ -2,7 +2,7 @@
 
 It runs the engine alone, with a worker's flags, over a grid of prompts and decodes, or reads what a live worker wrote
 down (`--step-log FOLDER` of a worker, `--steps FILE` here). Every other step is fitted, and the error over the others
-is printed. The file that `--out` names is what `weft sim --hardware FILE` reads, and a scheduler with `--cost-file FILE`.
+is printed. The file that `--out` names is for `weft sim --hardware FILE` and for a scheduler's `--cost-file FILE`.
 """
 
 from __future__ import annotations
