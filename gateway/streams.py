@@ -232,8 +232,8 @@ class RequestTable:
                 self.stats.repeated_tokens += min(known, count)
                 entry = logprobs.get(row)
                 shown = FINISH_NONE if finish == FINISH_YIELD else finish
-                self._deliver(stream, tokens[known:], shown, _raw_logprobs(entry)[known:] if entry else (), now)
                 stream.has_yielded |= finish == FINISH_YIELD
+                self._deliver(stream, tokens[known:], shown, _raw_logprobs(entry)[known:] if entry else (), now)
                 if finish or stream.assembler.finish_reason is not None:
                     self._go_on(request, now)
 
@@ -380,7 +380,9 @@ class RequestTable:
         self._streams.pop(stream.slot, None)
         rest = request.unfinished()
         if not told:
-            self._cancel(request, (stream.slot,) if rest else ())
+            # What the worker has handed back it cannot tell the end of.
+            ended = () if stream.has_yielded else (stream.assembler.num_counted,)
+            self._cancel(request, (stream.slot,) if rest else (), ended)
         if not rest and self._forget(request):
             request.history.note("done", now, request.epoch, num_output_tokens=request.num_output_tokens)
             request.owner.on_ended(request)
@@ -444,8 +446,9 @@ class RequestTable:
             self._streams.pop(stream.slot, None)
         return self._requests.pop(request.request_id, None) is not None
 
-    def _cancel(self, request: Request, slots: tuple[int, ...]) -> None:
-        self._send(Cancel(request.request_id, request.epoch, self._gateway, pack_u32(slots)))
+    def _cancel(self, request: Request, slots: tuple[int, ...], ended: tuple[int, ...] = ()) -> None:
+        """`ended`: the tokens of choices that are complete."""
+        self._send(Cancel(request.request_id, request.epoch, self._gateway, pack_u32(slots), pack_u32(ended)))
 
     def _check_sequence(self, frame: TokenFrame, now: float) -> None:
         """After lost frames, a stream with more tokens shows the gap itself; one whose end was lost only falls silent.

@@ -170,9 +170,8 @@ class ClusterState:
         slots = set(unpack_u32(cancel.slots))
         if not slots:
             self._cancelled.remember(cancel.request_id, cancel.epoch)
-            self._held.end(cancel.request_id)
-        for _ in slots:
-            self._held.end_choice(cancel.request_id)
+        if not cancel.num_output_tokens:
+            self._forget_held(cancel.request_id, len(slots))
         waiting = self._backlog.get(cancel.request_id)
         if waiting is None or waiting.request.epoch > cancel.epoch:
             return []
@@ -426,6 +425,13 @@ class ClusterState:
         if not self._policies_of(request.model).route.uses_prefix or not request.block_hashes:
             return NO_MATCH
         return self._blocks.match(request.block_hashes, candidates.mask)
+
+    def _forget_held(self, request_id: str, num_choices: int) -> None:
+        """Of what a worker has, so many choices will never be told to have ended; with none, the whole request."""
+        if not num_choices:
+            self._held.end(request_id)
+        for _ in range(num_choices):
+            self._held.end_choice(request_id)
 
     def _place(self, waiting: Waiting, candidates: Pool, now: float, match: Match | None = None) -> Dispatch:
         request = waiting.request

@@ -367,14 +367,21 @@ class Claims(msgspec.Struct, frozen=True, tag=7, tag_field="t", forbid_unknown_f
 class Cancel(msgspec.Struct, frozen=True, tag=8, tag_field="t", forbid_unknown_fields=True):
     """Broadcast on `subjects.CANCEL`: drop the request at `epoch` and below.
 
-    With `slots`, only those of its choices are dropped (they found a stop string); without, all of it.
+    With `slots`, only those of its choices are dropped; without, all of it. With `num_output_tokens`, what is dropped
+    has come to its end by a stop string, which only the gateway sees: so many tokens of each choice are its answer, and
+    the worker that has it tells so (`Ended`). Without, nobody reads it, and how long it would have been is not known.
     """
 
     request_id: Id
     epoch: U32
     gateway: Id
     slots: U32Column = b""
+    num_output_tokens: U32Column = b""  # of all epochs
     v: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        if self.slots and self.num_output_tokens and len(self.slots) != len(self.num_output_tokens):
+            raise ValueError("columns differ in length")
 
 
 # ---- 7-9 status -----------------------------------------------------------------------------------------------------

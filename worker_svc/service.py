@@ -207,6 +207,11 @@ class WorkerService:
 
     def _on_cancel(self, cancel: Cancel) -> None:
         slots = tuple(unpack_u32(cancel.slots))
+        held = self._held.get(cancel.request_id, cancel.epoch)
+        if held is not None and cancel.num_output_tokens:
+            ends = zip(slots or tuple(held.slots), unpack_u32(cancel.num_output_tokens), strict=False)
+            # What has ended here by itself has been told already.
+            self._tell_ended([(held, count) for slot, count in ends if slot in held.slots])
         if self._held.cancel(cancel.request_id, cancel.epoch, slots):
             self._drop(cancel.request_id, cancel.epoch, slots)
 
@@ -250,18 +255,22 @@ class WorkerService:
             self._counters.frames += 1
             self._bus.tell(subjects.frames(gateway), frame)
         finished = [row for row in rows if row.finish]
-        self._send_ended(row for row in finished if row.finish in (FINISH_STOP, FINISH_LENGTH))
+        self._tell_ended(
+            [
+                (held, row.first_index + len(row.token_ids))
+                for row in finished
+                if row.finish in (FINISH_STOP, FINISH_LENGTH)
+                and (held := self._held.get(row.request_id, row.epoch)) is not None
+                and row.slot in held.slots
+            ]
+        )
         for row in finished:
             self._held.finish(row.request_id, row.epoch, row.slot)
         if finished:
             self._room_changed()
 
-    def _send_ended(self, rows: Iterable[TokenRow]) -> None:
-        ends = [
-            (held, row.first_index + len(row.token_ids))
-            for row in rows
-            if (held := self._held.get(row.request_id, row.epoch)) is not None
-        ]
+    def _tell_ended(self, ends: list[tuple[HeldRequest, int]]) -> None:
+        """`ends`: choices that are held still, and the tokens that each has generated."""
         if ends and self._folder is not None:
             self._bus.tell(subjects.ended(self._instance), self._reports.ended(self._folder.name, ends))
 

@@ -87,7 +87,8 @@ SAMPLES: dict[str, m.Message] = {
     "StreamEvent/prefill": m.StreamEvent("r1", 2, "prefill", "worker", "w1", num_chunks=8, num_computed_tokens=2048),
     "Decisions": m.Decisions("s1", [m.Placed("r1", 2, 230, {"scheduler": 2.0}, DECISION)]),
     "Claims": m.Claims("worker", "w1", ["r1"], pack_u32([2])),
-    "Cancel": m.Cancel("r1", 2, "g1", pack_u32([7])),
+    "Cancel": m.Cancel("r1", 2, "g1", pack_u32([7]), pack_u32([31])),
+    "Cancel/all": m.Cancel("r1", 2, "g1"),
     "WorkerStatus": m.WorkerStatus(
         "w1", 3, "tales-6m", "ready", 64, 5, 2, 900, 1000, 800, {"s1": 12}, 4, 5000.0, 300.0, "decode", 0.03, 0.002
     ),

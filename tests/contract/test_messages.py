@@ -107,6 +107,13 @@ def test_frame_with_a_column_of_another_length_is_refused(column: str) -> None:
         codec.decode(msgpack.packb(fields), messages.TokenFrame)
 
 
+def test_cancel_of_choices_with_other_choices_lengths_is_refused() -> None:
+    fields = msgpack.unpackb(codec.encode(SAMPLES["Cancel"]), strict_map_key=False)
+    fields["num_output_tokens"] += b"\0\0\0\0"
+    with pytest.raises(DecodeError):
+        codec.decode(msgpack.packb(fields), messages.Cancel)
+
+
 def test_message_over_the_size_limit_is_refused_on_both_sides() -> None:
     data = messages.BlockData(b"", [], b"")
     blocks = [bytes(2**20)] * 9

@@ -26,7 +26,8 @@ from tests.support.up import Up
 from tests.support.wait import until
 from weft import launch, subjects
 from weft.bus import Bus
-from weft.messages import Assignment, Control, ControlReply, Heartbeat, WorkerStatus
+from weft.columns import unpack_u32
+from weft.messages import Assignment, Control, ControlReply, Ended, Heartbeat, WorkerStatus
 from weft.settings import MeshSettings
 
 pytestmark = pytest.mark.timeout(180)
@@ -79,12 +80,14 @@ class Witness:
     statuses: dict[str, WorkerStatus] = field(default_factory=dict)  # by worker
     schedulers: set[str] = field(default_factory=set)
     assigned: list[tuple[str, Assignment]] = field(default_factory=list)  # and the worker's role
+    lengths: list[int] = field(default_factory=list)  # of choices that ended, as their workers tell
 
     async def start(self) -> None:
         await self.bus.on(
             subjects.STATUS_ALL, WorkerStatus, lambda status: self.statuses.update({status.worker: status})
         )
         await self.bus.on(subjects.ALIVE_ALL, Heartbeat, self._on_beat)
+        await self.bus.on(subjects.ENDED_ALL, Ended, self._on_ended)
         await until(lambda: self.schedulers and len(self.statuses) == 2, timeout_s=60)
         for name, status in self.statuses.items():
             await self.bus.on(subjects.assign(name), Assignment, partial(self._on_assignment, status.role))
@@ -96,9 +99,18 @@ class Witness:
             reply = await self.bus.ask(subjects.control("scheduler", name), control, ControlReply, timeout_s=10)
             assert changes.items() <= reply.policies.items(), reply
 
+    async def num_learnt(self) -> float:
+        """Choices that predictions have learnt from."""
+        (name,) = self.schedulers
+        reply = await self.bus.ask(subjects.control("scheduler", name), Control("stats"), ControlReply, timeout_s=10)
+        return reply.stats["predictions_total"]
+
     def _on_beat(self, beat: Heartbeat) -> None:
         if beat.role == "scheduler":
             self.schedulers.add(beat.instance)
+
+    def _on_ended(self, ended: Ended) -> None:
+        self.lengths += unpack_u32(ended.num_output_tokens)
 
     def _on_assignment(self, role: str, assignment: Assignment) -> None:
         self.assigned.append((role, assignment))
@@ -118,12 +130,17 @@ async def witness(bus_url: str, mesh: Up) -> AsyncIterator[Witness]:
         await bus.close()
 
 
-async def texts(mesh: Up, asked: dict[str, Any]) -> list[str]:
-    """The texts of all choices, each of the length asked for."""
+async def completion(mesh: Up, asked: dict[str, Any]) -> Any:
     body = {"model": MODEL, "ignore_eos": True, **asked}
     async with aiohttp.ClientSession() as session, session.post(f"{mesh.url}/v1/completions", json=body) as response:
         answer = await response.json()
     assert response.status == 200, answer
+    return answer
+
+
+async def texts(mesh: Up, asked: dict[str, Any]) -> list[str]:
+    """The texts of all choices, each of the length asked for."""
+    answer = await completion(mesh, asked)
     choices = answer["choices"]
     assert [choice["finish_reason"] for choice in choices] == ["length"] * len(choices)
     assert answer["usage"]["completion_tokens"] == asked["max_tokens"] * len(choices)
@@ -154,6 +171,19 @@ async def test_text_of_a_request_that_one_worker_prefills_and_another_decodes_is
         ("prefill", 1, 0),
         ("decode", None, 1),
     ]
+
+
+async def test_the_length_of_an_answer_that_a_stop_string_ends_is_learnt(mesh: Up, witness: Witness) -> None:
+    learnt = await witness.num_learnt()
+    (text,) = await texts(mesh, GREEDY)
+    stop = text[len(text) // 4 :][:12]
+    answer = await completion(mesh, GREEDY | {"stop": stop})
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    await until(lambda: len(witness.lengths) == 2)
+    assert witness.lengths == [500, answer["usage"]["completion_tokens"]] and witness.lengths[1] < 500
+    async with asyncio.timeout(10):
+        while await witness.num_learnt() < learnt + 2:
+            pass
 
 
 async def test_a_request_that_ends_with_its_first_token_is_not_handed_back(mesh: Up, witness: Witness) -> None:

@@ -55,9 +55,9 @@ def test_only_unfinished_choices_are_recovered() -> None:
 def test_a_stop_string_cancels_its_choice_at_the_worker() -> None:
     world = World(num_choices=2)
     world.frame(0, [5, 0], choice=0)
-    assert world.cancels == [m.Cancel("r1", 0, "g1", pack_u32([0]))]
-    world.frame(0, [5, 0], choice=1)
-    assert world.cancels[-1] == m.Cancel("r1", 0, "g1")
+    assert world.cancels == [m.Cancel("r1", 0, "g1", pack_u32([0]), pack_u32([2]))]
+    world.frame(0, [5, 6, 0], choice=1)
+    assert world.cancels[-1] == m.Cancel("r1", 0, "g1", num_output_tokens=pack_u32([3]))
     assert world.reader.ended == 1
 
 

@@ -65,6 +65,8 @@ def test_a_stop_string_in_the_last_tokens_before_a_yield_ends_the_stream() -> No
     world = World()
     world.frame(0, [1, 0], finish=m.FINISH_YIELD)
     assert (world.reader.ended, len(world.table), len(world.submissions)) == (1, 0, 1)
+    # The worker does not have it any more, so it cannot be asked to tell its length.
+    assert world.cancels == [m.Cancel("r1", 0, "g1")]
 
 
 @pytest.mark.parametrize("finish", [m.FINISH_NONE, m.FINISH_YIELD])

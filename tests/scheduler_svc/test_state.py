@@ -10,7 +10,7 @@ from scheduler_svc.actions import Action, Dispatch, Reject, WantSnapshot
 from tests.support.scheduling import MODEL, SCHEDULER, make_events, make_maker, make_request, make_state, make_status
 from weft.columns import pack_u32
 from weft.errors import DecodeError, InvalidRequest, Overloaded, Unavailable
-from weft.messages import Cancel, Declined, Heartbeat, Role, State
+from weft.messages import Cancel, Declined, Ended, Heartbeat, Role, State
 from weft.subjects import Returned
 
 
@@ -226,6 +226,21 @@ def test_cancelled_request_is_not_put_back() -> None:
     state.on_request(request, 0.1)
     state.on_cancel(Cancel("a", 0, "g0"), 0.2)
     assert told(state.on_declined(Declined(request, "w0"), 0.3)) == [("dropped", "a")]
+
+
+@pytest.mark.parametrize(
+    ("count", "first"), [([7], "ann's"), ([], "bob's")], ids=["found a stop string", "nobody reads it"]
+)
+def test_a_choice_that_ends_by_a_stop_string_is_charged_what_it_generated(count: list[int], first: str) -> None:
+    state = make_state(order="fair")
+    state.on_status(make_status(max_num_seqs=2), 0.0)
+    for request_id, tenant in (("a", "ann"), ("b", "bob"), ("bob's", "bob"), ("ann's", "ann")):
+        state.on_request(make_request(request_id, tenant=tenant), 0.1)
+    state.on_cancel(Cancel("a", 0, "g0", num_output_tokens=pack_u32(count)), 0.2)
+    state.on_ended(Ended("w0", "tales", ["a"] * len(count), ["ann"] * len(count), pack_u32(count), pack_u32(count)))
+    assert state.stats()["predictions_total"] == len(count)
+    status = make_status(max_num_seqs=2, num_running=1, accepted={SCHEDULER: 2})
+    assert told(state.on_status(status, 0.3)) == [("dispatch", first, "w0")]
 
 
 def test_higher_epoch_replaces_a_lower_one() -> None:

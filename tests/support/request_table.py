@@ -18,7 +18,10 @@ class PlainAssembler:
 
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    num_counted: int = 0
+
+    @property
+    def num_counted(self) -> int:
+        return len(self.token_ids)
 
     def push(self, token_ids: Sequence[int], finish: int, logprobs: object = ()) -> Delta:
         self.token_ids += token_ids

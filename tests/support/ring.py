@@ -76,8 +76,11 @@ class Neighbours:
             reply=subjects.returned("scheduler", "s1", request.gateway, request.request_id, request.epoch),
         )
 
-    def cancel(self, request_id: str, epoch: int = 0, slots: Sequence[int] = ()) -> None:
-        self.gateway_bus.send(subjects.CANCEL, Cancel(request_id, epoch, "g1", pack_u32(slots)))
+    def cancel(
+        self, request_id: str, epoch: int = 0, slots: Sequence[int] = (), num_output_tokens: Sequence[int] = ()
+    ) -> None:
+        cancel = Cancel(request_id, epoch, "g1", pack_u32(slots), pack_u32(num_output_tokens))
+        self.gateway_bus.send(subjects.CANCEL, cancel)
 
     def beat(self, epoch: int = 1, state: str = "ready") -> None:
         beat = Heartbeat("gateway", "g1", epoch, state)  # type: ignore[arg-type]  # one of State's

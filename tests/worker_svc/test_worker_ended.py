@@ -91,6 +91,21 @@ async def test_of_several_choices_each_is_told_when_it_ends_and_none_that_is_can
         assert made.rows() == [("r1", "", 3, 20)]
 
 
+async def test_a_choice_that_the_gateway_ends_is_told_once_with_the_tokens_up_to_its_end(url: str) -> None:
+    async with running(url) as made:
+        made.assign(replace(make_request(max_tokens=2000, slots=(3, 4)), tenant="ann"), None)
+        await until(lambda: made.near.tokens(3) and made.near.tokens(4))
+        for _ in range(2):
+            made.near.cancel("r1", slots=[4], num_output_tokens=[11])
+        await until(made.rows)
+        # The last one that is left needs no name.
+        for _ in range(2):
+            made.near.cancel("r1", num_output_tokens=[12])
+        await until(lambda: made.near.statuses[-1].accepted and not made.near.statuses[-1].num_running)
+        await made.flush()
+        assert made.rows() == [("r1", "ann", 3, 11), ("r1", "ann", 3, 12)]
+
+
 async def test_what_was_handed_back_makes_room(url: str) -> None:
     async with running(url) as made:
         made.assign(make_request(max_tokens=20, slots=(0, 1)), 5)
