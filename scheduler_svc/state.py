@@ -498,11 +498,13 @@ class ClusterState:
             self._num_of[model], self._open[model], self._ready[model] = 0, Pool(), Totals()
         self._num_of[model] += more
         if not self._num_of[model]:
-            # What policies have learnt is of workers that may never come back.
             del self._num_of[model]
-            self._policies.pop(model, None)
             del self._open[model], self._ready[model]
             self._backlog.forget(model)
+            before = self._policies.pop(model, None)
+            if before is not None and before.predict.accuracy.num_ended:
+                # Lengths are of requests; all else that was learnt is of workers that may never come back.
+                self._policies[model] = self._maker.make(self.policy_names(model), before)
 
     def _worker_gone(self, name: str) -> list[Action]:
         """Forget a worker's room and blocks.

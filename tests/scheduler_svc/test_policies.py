@@ -62,6 +62,19 @@ def test_switching_keeps_what_predictions_have_learnt() -> None:
     assert state.stats()["predictions_total"] == 0
 
 
+def test_what_predictions_have_learnt_outlives_the_last_worker() -> None:
+    state = make_state(order="srpt")
+    state.on_status(make_status(), 0.0)
+    prompts, outputs = [300] * 20 + [100] * 20, [7] * 20 + [400] * 20
+    state.on_ended(Ended("w0", "tales", ["x"] * 40, ["t"] * 40, pack_u32(prompts), pack_u32(outputs)))
+    state.on_status(make_status(state="dead"), 1.0)
+    assert state.stats()["predictions_total"] == 40
+    for request_id, num_tokens in (("long", 100), ("short", 300)):
+        state.on_request(make_request(request_id, num_tokens=num_tokens, tenant="t"), 2.0)
+    (action,) = state.on_status(make_status("w1", max_num_seqs=1), 3.0)
+    assert isinstance(action, Dispatch) and action.request.request_id == "short"
+
+
 def test_srpt_knows_what_is_cached() -> None:
     state = make_state(order="srpt", route="prefix_aware")
     state.on_status(make_status(max_num_seqs=1, num_running=1), 0.0)
