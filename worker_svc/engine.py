@@ -43,6 +43,7 @@ from worker_svc.batch import Limits, StepPlan, Work, commit_blocks, make_room, p
 from worker_svc.blocks import BlockPool
 from worker_svc.checks import check_request
 from worker_svc.engine_io import (
+    MIN_RATED_TOKENS,
     Add,
     BlocksLoaded,
     BlocksOffloaded,
@@ -481,7 +482,7 @@ class Engine:
         num_tokens, num_emitted = sum(flight.plan.num_scheduled_tokens.values()), sum(len(e.token_ids) for e in emitted)
         seconds = now - max(flight.began, self._landed_at)
         self._landed_at = now
-        if num_tokens > len(flight.sampled):
+        if flight.work.num_new >= MIN_RATED_TOKENS:
             load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, seconds)
         else:
             load.decode_tokens_per_s = self._decode_rate.add(num_emitted, seconds)

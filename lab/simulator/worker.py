@@ -27,7 +27,7 @@ from weft.messages import (
 )
 from worker_svc.batch import Limits, StepPlan, commit_blocks, plan_step
 from worker_svc.blocks import BlockPool
-from worker_svc.engine_io import BlocksLoaded, LoadWanted
+from worker_svc.engine_io import MIN_RATED_TOKENS, BlocksLoaded, LoadWanted
 from worker_svc.kv_exchange import KvExchange
 from worker_svc.sequence import Request, Sequence, State, ending
 
@@ -299,8 +299,8 @@ class SimWorker:
         del self._records[sequence]
 
     def _rate(self, run: Run, seconds: float) -> None:
-        num_prefilled = sum(run.prefill.values())
-        if num_prefilled:
+        num_prefilled = sum(run.prefill.values()) * run.num_steps
+        if num_prefilled >= MIN_RATED_TOKENS:
             amount, spent = self._prefill_rate
             self._prefill_rate = 0.95 * amount + num_prefilled, 0.95 * spent + seconds
         else:

@@ -115,6 +115,16 @@ def test_a_step_says_what_the_tokens_that_it_brought_took(overlaps: bool) -> Non
     assert [(work.num_sequences, work.num_context_tokens) for work in works[2:9]] == [(1, 101 + i) for i in range(7)]
 
 
+def test_the_rest_of_a_cached_prompt_says_nothing_of_how_fast_prompts_are_computed() -> None:
+    engine, _ = make_engine()
+    run(engine, [add(prompt_of(40), "r0")])
+    before = engine.load.prefill_tokens_per_s
+    run(engine, [add(prompt_of(40), "r1")])
+
+    assert engine.load.num_cached_tokens == 32
+    assert engine.load.prefill_tokens_per_s == before > 0
+
+
 def told(record: Record, kind: str) -> list[Progress]:
     return [progress for output in record.outputs for progress in output.progress if progress.kind == kind]
 
