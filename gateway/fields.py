@@ -35,6 +35,9 @@ def decode_object(body: bytes) -> dict[str, object]:
     except UnicodeDecodeError:
         raise InvalidRequest(f"The request body is not valid UTF-8 (byte {_first_bad_byte(body)}).") from None
     except msgspec.MsgspecError as error:
+        # msgspec from 0.23 on says of bad UTF-8 that it is, and not where.
+        if (place := _first_bad_byte(body)) is not None:
+            raise InvalidRequest(f"The request body is not valid UTF-8 (byte {place}).") from None
         fault = str(error).removeprefix("JSON is malformed: ")
         name = _not_a_number(body)
         where = f" ('{name}' is NaN or infinite)" if name else ""
@@ -216,9 +219,9 @@ def _is_accepted(value: object, accepted: Accepted) -> bool:
     return type(value) is accepted
 
 
-def _first_bad_byte(body: bytes) -> int:
+def _first_bad_byte(body: bytes) -> int | None:
     try:
         body.decode("utf-8")
     except UnicodeDecodeError as error:
         return error.start
-    return 0
+    return None

@@ -482,7 +482,7 @@ class Engine:
         num_tokens, num_emitted = sum(flight.plan.num_scheduled_tokens.values()), sum(len(e.token_ids) for e in emitted)
         seconds = now - max(flight.began, self._landed_at)
         self._landed_at = now
-        if flight.work.num_new >= MIN_RATED_TOKENS:
+        if flight.work.num_new >= MIN_RATED_TOKENS or (flight.work.num_chunks and not load.prefill_tokens_per_s):
             load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, seconds)
         else:
             load.decode_tokens_per_s = self._decode_rate.add(num_emitted, seconds)

@@ -117,7 +117,8 @@ ENGINE_TOTALS: Final = frozenset(
     + ("num_drafted_tokens", "num_accepted_tokens")
 )
 # Tokens of prompts in a step from which on its time says how fast prompts are computed. Fewer, as the rest of a prompt
-# that was cached, take as long as one does: a worker that idled seemed to need a minute for what it computes in 0.1 s.
+# that was cached, take as long as one does (a worker that idled seemed to need a minute for what it computes in 0.1 s)
+# and count only while nothing else was measured.
 MIN_RATED_TOKENS: Final = 16
 
 

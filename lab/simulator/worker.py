@@ -300,7 +300,7 @@ class SimWorker:
 
     def _rate(self, run: Run, seconds: float) -> None:
         num_prefilled = sum(run.prefill.values()) * run.num_steps
-        if num_prefilled >= MIN_RATED_TOKENS:
+        if num_prefilled >= MIN_RATED_TOKENS or (num_prefilled and not self._prefill_rate[1]):
             amount, spent = self._prefill_rate
             self._prefill_rate = 0.95 * amount + num_prefilled, 0.95 * spent + seconds
         else:

@@ -80,6 +80,8 @@ async def test_a_template_that_hangs_is_replaced(tmp_path: Path) -> None:
     async with kept(tmp_path, patience_s=0.5) as (template, pids):
         process = await template.fork(WORKER, tmp_path / "worker.log", {})
         assert process is not None
+        # Until it goes on by itself, it ends with the template.
+        await until((tmp_path / "worker.log").exists)
         os.kill(pids[0], signal.SIGSTOP)
         assert await template.fork(WORKER, tmp_path / "worker.log", {}) is None
         await until(lambda: len(pids) == 2)

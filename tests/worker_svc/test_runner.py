@@ -29,8 +29,8 @@ def test_logits_do_not_depend_on_the_schedule(tmp_path: Path, family: str) -> No
     for seed in range(3):
         batched = Driver(runner, SEQUENCES, seed=seed).play(mixed(LENS, seed))
         for one, other in zip(alone, batched, strict=True):
-            # Float32 in another order, at logits of magnitude 10.
-            torch.testing.assert_close(other, one, rtol=0, atol=5e-5)
+            # Float32 in another order, at logits of magnitude 10; without AVX-512 one in 6,000 is 5.3e-5 off.
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
 
 
 def test_only_wanted_rows_get_logits_in_the_order_asked_for(tmp_path: Path) -> None:
