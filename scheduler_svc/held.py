@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from scheduler_svc.ends import End, Ends
 from scheduler_svc.policy.order import Waiting
+from scheduler_svc.policy.predict import Guess
 from scheduler_svc.workers import LOST_AFTER_S, Worker
 from weft.errors import InvariantViolation
 from weft.messages import WorkerStatus
@@ -27,6 +28,7 @@ class Entry:
     num_choices: int
     remaining_each: float  # predicted tokens of a choice
     num_generated_each: int
+    guess: Guess | None  # what the prediction was made of
 
 
 class HeldBook:
@@ -51,6 +53,7 @@ class HeldBook:
             num_choices=choices,
             remaining_each=remaining,
             num_generated_each=waiting.num_generated // choices,
+            guess=waiting.guess,
         )
         self._entries[request.request_id] = entry
         self._of_worker.setdefault(worker.name, {})[request.request_id] = None

@@ -128,8 +128,8 @@ class ClusterState:
         policies, order = self._policies_of(ended.model), self._backlog.order(ended.model)
         prompts, outputs = unpack_u32(ended.num_prompt_tokens), unpack_u32(ended.num_output_tokens)
         for request_id, tenant, prompt, output in zip(ended.request_ids, ended.tenants, prompts, outputs, strict=True):
-            policies.predict.learn(tenant, prompt, output)
             held = self._held.end_choice(request_id)
+            policies.predict.learn(tenant, prompt, output, held.guess if held else None)
             if held is not None:
                 order.on_ended(tenant, held.remaining_each, output - held.num_generated_each)
 
@@ -413,13 +413,14 @@ class ClusterState:
     def _waiting(self, request: TokenizedRequest, ticket: int, since: float, match: Match | None = None) -> Waiting:
         """What order policies may know of a request."""
         policies = self._policies_of(request.model)
-        each = (policies.predict.remaining(request, len(choice.emitted) // 4) for choice in request.choices)
+        guesses = [policies.predict.guess(request, len(choice.emitted) // 4) for choice in request.choices]
         num_matched = 0
         if policies.order_uses_prefix:
             found = match or self._blocks.match(request.block_hashes, -1)
             num_matched = found.longest * self._maker.block_size
         deadline = since + objectives_of(request, self._maker.objectives).ttft_s
-        return Waiting(request, ticket, since, sum(each), num_matched, deadline)
+        remaining = sum(guess.remaining for guess in guesses)
+        return Waiting(request, ticket, since, remaining, num_matched, deadline, guesses[0])
 
     def _match(self, request: TokenizedRequest, candidates: Pool) -> Match:
         if not self._policies_of(request.model).route.uses_prefix or not request.block_hashes:

@@ -13,10 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from scheduler_svc.policy.predict import Guess
 from weft.messages import TokenizedRequest
 
 # Seconds of waiting that make up for one step of priority.
 AGEING_S: Final = 10.0
+# Tokens of an answer that take as long as one of a prompt: on an a100 .14 ms, and 23 ms of a step for a batch of 16.
+PROMPT_WORK: Final = 0.1
+# SRPT: tokens of an answer by which a second of waiting makes a request shorter.
+AGEING_TOKENS: Final = 6.0
 # MLFQ: tokens that a request may use up on the first level, and how many levels there are; each has twice as many.
 FIRST_QUANTUM: Final = 256
 NUM_LEVELS: Final = 8
@@ -39,6 +44,7 @@ class Waiting:
     remaining: float = 0.0  # tokens that it is predicted to generate still, over all choices
     num_matched: int = 0  # prompt tokens whose KV some worker holds
     deadline: float = float("inf")  # for its first token, monotonic seconds
+    guess: Guess | None = None  # of its first choice
 
     @property
     def num_generated(self) -> int:
@@ -168,20 +174,24 @@ class Sjf(_ByKey):
     name = "sjf"
 
     def __init__(self) -> None:
-        super().__init__(lambda waiting: (waiting.request.num_prompt_tokens + _whole_length(waiting),))
+        super().__init__(lambda waiting: (_work(waiting.request.num_prompt_tokens, _whole_length(waiting)),))
 
 
 class Srpt(_ByKey):
     """The shortest remaining work first: what is to be prefilled still, and the predicted rest of the answer.
 
-    Invariant: no request leaves while one with less work left waits. Long ones may starve while short ones keep
-    coming. Source: Schrage 1968, optimal for the mean; with predictions as in TRAIL (arXiv 2410.01035).
+    Each second of waiting counts as 6 tokens of it. All age alike, so the key work + 6 tokens * arrival never changes.
+    Invariant, and why nobody starves, however wrong predictions are: a request is passed only by those that arrive
+    within a second for each 6 tokens by which they seem shorter.
+    Source: Schrage 1968, optimal for the mean without ageing; with predictions as in TRAIL (arXiv 2410.01035).
     """
 
     name = "srpt"
 
     def __init__(self) -> None:
-        super().__init__(lambda waiting: (waiting.num_to_prefill + waiting.remaining,))
+        super().__init__(
+            lambda waiting: (_work(waiting.num_to_prefill, waiting.remaining) + AGEING_TOKENS * waiting.since,)
+        )
 
 
 class Edf(_ByKey):
@@ -362,6 +372,11 @@ ORDERS: Final[dict[str, Callable[[], OrderPolicy]]] = {
 
 def _cost_of(waiting: Waiting) -> float:
     return waiting.request.num_tokens + OUTPUT_WEIGHT * waiting.remaining
+
+
+def _work(num_prompt_tokens: int, num_new_tokens: float) -> float:
+    """In tokens of an answer."""
+    return PROMPT_WORK * num_prompt_tokens + num_new_tokens
 
 
 def _whole_length(waiting: Waiting) -> float:

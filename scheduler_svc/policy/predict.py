@@ -7,20 +7,28 @@ request that ended, and keeps count of how right it was.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from weft.messages import TokenizedRequest
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 # Tokens that a request is taken to generate if nothing is known of it.
 ASSUMED_NEW_TOKENS: Final = 256
 # Tokens of a bucket of output lengths, as DeepFlow's classifier has them.
 BUCKET_TOKENS: Final = 128
-# Ended requests that halve the weight of those before them.
+# Ended requests that halve the weight of those before them: of all requests, and in the trust in a tenant's kinds.
 HALF_LIFE: Final = 200.0
+# Ended requests of one kind that do so in its own lengths. With 200 they are known to 1.5 % more where nothing changes,
+# and too late for any use where something does.
+KIND_HALF_LIFE: Final = 10.0
 # Ended requests of one kind before they are believed.
 MIN_LEARNT: Final = 8
+# What kinds are trusted by before there is enough that speaks against them, in squares of tokens.
+ASSUMED_TRUE: Final = float(MIN_LEARNT * BUCKET_TOKENS**2)
 # Kinds of requests that are kept apart, the least recently seen forgotten first.
 MAX_KINDS: Final = 10_000
 
@@ -48,23 +56,30 @@ class Accuracy:
         return self.sum_error / self.num_ended if self.num_ended else 0.0
 
 
+class Guess(NamedTuple):
+    """What is predicted of a choice, in tokens, and what that was made of."""
+
+    remaining: float  # that it will generate still; at least 1, within its max_tokens
+    whole: float  # that it will have generated, whatever its max_tokens
+    of_kind: float  # mean length of its kind
+    of_all: float  # of all requests
+
+
 class PredictPolicy(Protocol):
     """Predicts output lengths of single choices."""
 
     name: str
     accuracy: Accuracy
 
-    def remaining(self, request: TokenizedRequest, num_generated: int = 0) -> float:
-        """Tokens that a choice will generate after the `num_generated` it has; more than 0, within its max_tokens."""
+    def guess(self, request: TokenizedRequest, num_generated: int = 0) -> Guess:
+        """Of a choice that has `num_generated` tokens."""
 
-    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int) -> None:
-        """A choice has ended. Mutates self."""
+    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int, guess: Guess | None = None) -> None:
+        """A choice has ended. Mutates self.
 
-
-def clip(request: TokenizedRequest, remaining: float, num_generated: int) -> float:
-    """A prediction within what the request allows: at least 1 token."""
-    most = request.sampling.max_tokens
-    return max(1.0, remaining if most is None else min(remaining, most - num_generated))
+        `guess`: by what it was scheduled; None if that is not known, and then what would be guessed now is judged. What
+        was guessed when it mattered may have been wrong for longer than what is guessed when it shows.
+        """
 
 
 class NoPrediction:
@@ -75,18 +90,20 @@ class NoPrediction:
     def __init__(self) -> None:
         self.accuracy = Accuracy()
 
-    def remaining(self, request: TokenizedRequest, num_generated: int = 0) -> float:
-        whole = ASSUMED_NEW_TOKENS if request.sampling.max_tokens is None else request.sampling.max_tokens
-        return clip(request, whole - num_generated, num_generated)
+    def guess(self, request: TokenizedRequest, num_generated: int = 0) -> Guess:
+        most = request.sampling.max_tokens
+        whole = float(ASSUMED_NEW_TOKENS if most is None else most)
+        return _guess(request, num_generated, whole, whole, whole)
 
-    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int) -> None:
-        self.accuracy.add(ASSUMED_NEW_TOKENS, num_output_tokens)
+    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int, guess: Guess | None = None) -> None:
+        self.accuracy.add(ASSUMED_NEW_TOKENS if guess is None else guess.whole, num_output_tokens)
 
 
 @dataclass(slots=True)
 class _Histogram:
     """Output lengths in buckets, older ones weighing less."""
 
+    half_life: float = HALF_LIFE
     counts: list[float] = field(default_factory=list)
     sums: list[float] = field(default_factory=list)  # of the lengths in each bucket
     num_seen: int = 0
@@ -98,7 +115,7 @@ class _Histogram:
         if missing > 0:
             self.counts += [0.0] * missing
             self.sums += [0.0] * missing
-        decay = 0.5 ** (1 / HALF_LIFE)
+        decay = 0.5 ** (1 / self.half_life)
         self.counts = [count * decay for count in self.counts]
         self.sums = [value * decay for value in self.sums]
         self.counts[bucket] += 1
@@ -131,12 +148,33 @@ class MeanLength:
         self.accuracy = Accuracy()
         self._histogram = _Histogram()
 
-    def remaining(self, request: TokenizedRequest, num_generated: int = 0) -> float:
-        return clip(request, _beyond([self._histogram], num_generated) - num_generated, num_generated)
+    def guess(self, request: TokenizedRequest, num_generated: int = 0) -> Guess:
+        whole = _beyond([self._histogram], num_generated)
+        return _guess(request, num_generated, whole, whole, whole)
 
-    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int) -> None:
-        self.accuracy.add(_beyond([self._histogram], 0), num_output_tokens)
+    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int, guess: Guess | None = None) -> None:
+        self.accuracy.add(_beyond([self._histogram], 0) if guess is None else guess.whole, num_output_tokens)
         self._histogram.add(num_output_tokens)
+
+
+@dataclass(slots=True)
+class _Trust:
+    """How much of what kinds say beyond the mean of all has been true: the slope of actual over said differences.
+
+    Besides what was seen, a few requests count that were said to be a bucket away from the mean, and were.
+    """
+
+    sum_said: float = 0.0  # squares of said differences
+    sum_true: float = 0.0  # products of said and actual ones
+
+    def add(self, said: float, mean: float, actual: int) -> None:
+        decay = 0.5 ** (1 / HALF_LIFE)
+        self.sum_said = self.sum_said * decay + (said - mean) ** 2
+        self.sum_true = self.sum_true * decay + (said - mean) * (actual - mean)
+
+    @property
+    def share(self) -> float:
+        return min(1.0, max(0.0, (ASSUMED_TRUE + self.sum_true) / (ASSUMED_TRUE + self.sum_said)))
 
 
 class Bucket:
@@ -145,9 +183,13 @@ class Bucket:
     Prompts are of one kind from 128 * 2^k tokens to twice that. A tenant without enough ended requests of a kind is
     taken for an average one. Having generated some, a request is one of those that generate at least as many, so its
     remainder is a conditional mean, and a wrong first guess mends itself as it runs.
-    Invariant: with equal histories equal predictions; the prediction of a request that goes on beyond all that was
-    seen is at least a bucket more. Source: DeepServe's decode length buckets (ATC '25, section 5), learnt online
-    instead of by a classifier; the remainder is that of the Gittins index's denominators.
+    A kind counts as far as it has been right: the prediction lies between the mean of all requests and that of the
+    kind, by the slope at which the lengths of the tenant's requests have followed what their kinds said. So kinds that
+    say nothing, or the contrary, fade out, and nobody but the tenant itself suffers from one that is unpredictable.
+    Invariants: with equal histories equal predictions; a prediction lies between that of the kind and that of `mean`;
+    that of a request that goes on beyond all that was seen is at least a bucket more. Sources: DeepServe's decode
+    length buckets (ATC '25, section 5), learnt online instead of by a classifier; the remainder is that of the Gittins
+    index's denominators; shrinkage by the slope is Copas's (1983, Regression, prediction and shrinkage).
     """
 
     name = "bucket"
@@ -157,25 +199,33 @@ class Bucket:
         self._kinds: OrderedDict[tuple[str, int], _Histogram] = OrderedDict()
         self._by_length: dict[int, _Histogram] = {}
         self._all = _Histogram()
+        self._trust: OrderedDict[str, _Trust] = OrderedDict()
 
-    def remaining(self, request: TokenizedRequest, num_generated: int = 0) -> float:
-        whole = self._whole(request.tenant, request.num_prompt_tokens, num_generated)
-        return clip(request, whole - num_generated, num_generated)
+    def guess(self, request: TokenizedRequest, num_generated: int = 0) -> Guess:
+        of_kind, of_all, share = self._means(request.tenant, request.num_prompt_tokens, num_generated)
+        return _guess(request, num_generated, of_all + share * (of_kind - of_all), of_kind, of_all)
 
-    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int) -> None:
-        self.accuracy.add(self._whole(tenant, num_prompt_tokens, 0), num_output_tokens)
+    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int, guess: Guess | None = None) -> None:
+        of_kind, of_all, share = self._means(tenant, num_prompt_tokens, 0)
+        whole = of_all + share * (of_kind - of_all)
+        if guess is not None:
+            _, whole, of_kind, of_all = guess
+        self.accuracy.add(whole, num_output_tokens)
         length = _prompt_kind(num_prompt_tokens)
-        self._kinds.setdefault((tenant, length), _Histogram()).add(num_output_tokens)
-        self._kinds.move_to_end((tenant, length))
-        if len(self._kinds) > MAX_KINDS:
-            self._kinds.popitem(last=False)
-        self._by_length.setdefault(length, _Histogram()).add(num_output_tokens)
+        kind = _recent(self._kinds, (tenant, length), _new_kind)
+        if kind.num_seen >= MIN_LEARNT:
+            _recent(self._trust, tenant, _Trust).add(of_kind, of_all, num_output_tokens)
+        kind.add(num_output_tokens)
+        self._by_length.setdefault(length, _new_kind()).add(num_output_tokens)
         self._all.add(num_output_tokens)
 
-    def _whole(self, tenant: str, num_prompt_tokens: int, num_generated: int) -> float:
+    def _means(self, tenant: str, num_prompt_tokens: int, num_generated: int) -> tuple[float, float, float]:
+        """Mean lengths of a kind and of all, and how far the kind is trusted."""
         length = _prompt_kind(num_prompt_tokens)
         kinds = (self._kinds.get((tenant, length)), self._by_length.get(length), self._all)
-        return _beyond([kind for kind in kinds if kind is not None], num_generated)
+        of_kind = _beyond([kind for kind in kinds if kind is not None], num_generated)
+        trust = self._trust.get(tenant)
+        return of_kind, _beyond([self._all], num_generated), 1.0 if trust is None else trust.share
 
 
 class Oracle:
@@ -187,10 +237,11 @@ class Oracle:
         self.accuracy = Accuracy()
         self._lengths = lengths
 
-    def remaining(self, request: TokenizedRequest, num_generated: int = 0) -> float:
-        return max(1.0, self._lengths[request.request_id] - num_generated)
+    def guess(self, request: TokenizedRequest, num_generated: int = 0) -> Guess:
+        whole = float(self._lengths[request.request_id])
+        return Guess(max(1.0, whole - num_generated), whole, whole, whole)
 
-    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int) -> None:
+    def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int, guess: Guess | None = None) -> None:
         self.accuracy.add(num_output_tokens, num_output_tokens)
 
 
@@ -201,8 +252,29 @@ PREDICTORS: Final[dict[str, type[NoPrediction] | type[MeanLength] | type[Bucket]
 }
 
 
+def _guess(request: TokenizedRequest, num_generated: int, whole: float, of_kind: float, of_all: float) -> Guess:
+    most, remaining = request.sampling.max_tokens, whole - num_generated
+    if most is not None:
+        remaining = min(remaining, most - num_generated)
+    return Guess(max(1.0, remaining), whole, of_kind, of_all)
+
+
 def _prompt_kind(num_prompt_tokens: int) -> int:
     return (num_prompt_tokens // BUCKET_TOKENS).bit_length()
+
+
+def _new_kind() -> _Histogram:
+    return _Histogram(KIND_HALF_LIFE)
+
+
+def _recent(known: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What is known of a key, or what `make` gives; the least recently asked for is forgotten if there are too many."""
+    if key not in known:
+        known[key] = make()
+    known.move_to_end(key)
+    if len(known) > MAX_KINDS:
+        known.popitem(last=False)
+    return known[key]
 
 
 def _beyond(histograms: list[_Histogram], num_generated: int) -> float:

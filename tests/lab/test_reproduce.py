@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lab.reproduce.claim import Claim, at_least, ratio, shown
 from lab.reproduce.rejection import Overload
 from lab.reproduce.reserve import Occupancy
 from lab.reproduce.routing import ordered_claims
-from lab.simulator.record import Record
+from lab.simulator.record import Record, Slo, summarize
 
 
 @pytest.fixture
@@ -177,9 +178,28 @@ def test_rejection_that_changes_nothing_reproduces_nothing() -> None:
 
 
 def test_adversarial_mix_turns_half_way() -> None:
-    usual, turned = completion.learnable(), completion.adversarial()
+    usual, turned = completion.learnable(), completion.turned()
     half = len(usual) // 2
 
     assert usual[:half] == turned[:half]
     assert [answer for _, answer in usual] == [answer for _, answer in turned]
     assert all(one[0] != other[0] for one, other in zip(usual[half:], turned[half:], strict=True))
+
+
+def test_adversarial_mixes_have_all_requests_and_one_has_a_tenant_that_lies() -> None:
+    mixes = completion.adversarial(4.0)
+
+    assert {len(trace.arrivals) for trace in mixes.values()} == {completion.NUM_REQUESTS}
+    tenants = [{arrival.tenant for arrival in trace.arrivals} for trace in mixes.values()]
+    assert tenants == [{""}, {""}, {""}, {"", completion.LIAR}]
+
+
+def test_graceful_means_little_worse_in_the_mean_and_the_tail() -> None:
+    record = Record("r", 0.0, 100, 50, first_token_at=1.0, ended_at=10.0)
+    fcfs = summarize([record], Slo(), 1.0, 1)
+    worse = replace(fcfs, e2e_mean_s=11.5, e2e_p99_s=19.0)
+    found = {"fcfs": fcfs, "srpt, bucket": worse, "srpt, mean": fcfs, "srpt, oracle": fcfs}
+
+    claims = completion.graceful(found, "srpt/mix", "here")
+
+    assert [claim.is_reproduced for claim in claims if claim.claimed] == [False, True, True, True]

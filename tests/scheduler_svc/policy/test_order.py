@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from scheduler_svc.policy.order import (
     AGEING_S,
+    AGEING_TOKENS,
     FIRST_QUANTUM,
     NUM_LEVELS,
     ORDERS,
     OUTPUT_WEIGHT,
+    PROMPT_WORK,
     STARVATION_S,
     Edf,
     Fair,
@@ -117,6 +119,32 @@ def test_srpt_serves_the_least_work_that_is_left() -> None:
     rest = Waiting(generated("rest", 10, 100, epoch=1, yields=1), 0, 0.0, remaining=1.0, num_matched=110)
     cached = Waiting(make_request("cached", num_tokens=1000), 2, 0.0, remaining=20.0, num_matched=995)
     assert served(filled(Srpt(), short, cached, rest)) == ["rest", "cached", "short"]
+
+
+def test_srpt_takes_a_long_prompt_for_less_work_than_a_long_answer() -> None:
+    prompt = Waiting(make_request("prompt", num_tokens=700), 0, 0.0, remaining=40.0)
+    answer = Waiting(make_request("answer", num_tokens=100), 1, 0.0, remaining=400.0)
+    assert served(filled(Srpt(), answer, prompt)) == ["prompt", "answer"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    arrivals=st.lists(st.tuples(st.integers(1, 5000), st.floats(1, 5000), st.floats(0, 20)), min_size=2, max_size=30)
+)
+def test_srpt_lets_a_request_be_passed_only_within_its_ageing(arrivals: list[tuple[int, float, float]]) -> None:
+    order, now, there, work = Srpt(), 0.0, dict[str, Waiting](), dict[str, float]()
+    for ticket, (num_tokens, remaining, gap) in enumerate(arrivals):
+        now += gap
+        request_id = f"r{ticket}"
+        there[request_id] = Waiting(make_request(request_id, num_tokens=num_tokens), ticket, now, remaining=remaining)
+        work[request_id] = PROMPT_WORK * num_tokens + remaining
+        order.add(there[request_id], now)
+    found = served(order, now)
+    assert set(found) == set(there)
+    for position, early in enumerate(found):
+        for passed in found[position + 1 :]:
+            head_start = there[early].since - there[passed].since
+            assert AGEING_TOKENS * head_start <= work[passed] - work[early] + 1e-6
 
 
 def test_edf_serves_deadlines_in_order_and_those_without_last() -> None:
