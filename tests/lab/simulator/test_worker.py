@@ -133,6 +133,16 @@ def test_chunks_of_one_prompt_beside_decodes_are_planned_as_one_run() -> None:
     worker.pool.check(tables=[sequence.block_table for sequence in worker.running])
 
 
+def test_rate_of_prefill_counts_every_step_of_a_run() -> None:
+    runs, steps = make_worker(), make_worker()
+
+    play(runs, [ask(0, 0.0, 5000, 1)])
+    play(steps, [ask(0, 0.0, 5000, 1)], step_by_step=True)
+
+    # Steps that see more take longer, and the last ones weigh more where each is counted by itself.
+    assert runs.status().prefill_tokens_per_s == pytest.approx(steps.status().prefill_tokens_per_s, rel=0.1)
+
+
 def test_times_spread_around_the_formula_as_they_are_said_to() -> None:
     limits = Limits(8, 256)
     worker = SimWorker("w", COST, limits, num_blocks=1000, block_size=16, spread=(0.5, 1.5))
