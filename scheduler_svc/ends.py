@@ -28,8 +28,9 @@ class Ends:
     """Of requests of one model. Those that are alike are one as good as the other."""
 
     def __init__(self) -> None:
-        # In order, none empty; and of each its number of ends and of tokens.
+        # In order, none empty; and of each its last end, and its number of ends and of tokens.
         self._parts: list[list[End]] = []
+        self._lasts: list[End] = []
         self._counts: list[int] = []
         self._tokens: list[int] = []
 
@@ -42,9 +43,11 @@ class Ends:
         if not self._parts:
             self._insert(0, [end])
             return
-        place = min(self._place(end), len(self._parts) - 1)
+        # The first part that may have it, or the last one.
+        place = min(bisect_left(self._lasts, end), len(self._parts) - 1)
         part = self._parts[place]
         insort(part, end)
+        self._lasts[place] = part[-1]
         self._counts[place] += 1
         self._tokens[place] += end[1]
         if len(part) >= 2 * PART_SIZE:
@@ -54,12 +57,14 @@ class Ends:
 
     def remove(self, end: End) -> None:
         """Mutates self. It must be there."""
-        place = self._place(end)
+        place = bisect_left(self._lasts, end)
         part = self._parts[place]
         del part[bisect_left(part, end)]
         self._counts[place] -= 1
         self._tokens[place] -= end[1]
-        if not part:
+        if part:
+            self._lasts[place] = part[-1]
+        else:
             self._delete(place)
 
     def all(self) -> Left:
@@ -69,7 +74,7 @@ class Ends:
     def after(self, at: float) -> Left:
         """Those that end later than this."""
         border = at, float("inf")
-        place = bisect_right(self._parts, border, key=lambda part: part[-1])
+        place = bisect_right(self._lasts, border)
         if place == len(self._parts):
             return Left()
         later = self._parts[place][bisect_right(self._parts[place], border) :]
@@ -78,14 +83,11 @@ class Ends:
             sum(num_tokens for _, num_tokens in later) + sum(self._tokens[place + 1 :]),
         )
 
-    def _place(self, end: End) -> int:
-        """Of the first part that may have it."""
-        return bisect_left(self._parts, end, key=lambda part: part[-1])
-
     def _insert(self, place: int, part: list[End]) -> None:
         self._parts.insert(place, part)
+        self._lasts.insert(place, part[-1])
         self._counts.insert(place, len(part))
         self._tokens.insert(place, sum(num_tokens for _, num_tokens in part))
 
     def _delete(self, place: int) -> None:
-        del self._parts[place], self._counts[place], self._tokens[place]
+        del self._parts[place], self._lasts[place], self._counts[place], self._tokens[place]

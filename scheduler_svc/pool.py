@@ -78,11 +78,12 @@ class Pool:
 
     def put(self, worker: Worker) -> None:
         """Add a worker, or find its places anew after it changed. Mutates self."""
-        self._forget(worker)
-        role = worker.status.role
-        self._known[worker.name] = worker.load, role
-        self._num_of[role] += 1
-        insort(self._loads, worker.load)
+        role, known = worker.status.role, self._known.get(worker.name)
+        if known != (worker.load, role):
+            self._forget(worker)
+            self._known[worker.name] = worker.load, role
+            self._num_of[role] += 1
+            insort(self._loads, worker.load)
         for order in self._orders:
             order.put(worker)
         if self._roles:
@@ -106,12 +107,19 @@ class Pool:
 
     def of_role(self, role: str) -> Pool:
         """Those of one role."""
-        if self._num_of[role] == len(self):
+        count = self._num_of[role]
+        if count == len(self):
             return self
+        if not count:
+            return self._nobody
         if not self._roles:
             for worker in self:
                 self._roles.setdefault(worker.status.role, Pool()).put(worker)
-        return self._roles.get(role) or Pool()
+        return self._roles[role]
+
+    @cached_property
+    def _nobody(self) -> Pool:
+        return Pool()
 
     def _order(self, key: Callable[[Worker], Key]) -> Order:
         order = Order(key)
@@ -134,19 +142,21 @@ class Order:
     def __init__(self, key: Callable[[Worker], Key]) -> None:
         self.key = key
         self._keys: dict[str, Key] = {}
-        self._places: list[tuple[Key, Worker]] = []
+        # By place: comparing keys alone is faster than comparing pairs.
+        self._sorted: list[Key] = []
+        self._workers: list[Worker] = []
         self._by_bit: dict[int, tuple[Key, Worker]] = {}
         self.mask = 0
 
     def __iter__(self) -> Iterator[Worker]:
-        return (worker for _, worker in self._places)
+        return iter(self._workers)
 
     def __getitem__(self, place: int) -> Worker:
-        return self._places[place][1]
+        return self._workers[place]
 
     def place_of(self, name: str) -> int:
         """Raises KeyError if there is no worker of that name."""
-        return bisect_left(self._places, (self._keys[name],))
+        return bisect_left(self._sorted, self._keys[name])
 
     def put(self, worker: Worker) -> None:
         key, before = self.key(worker), self._keys.get(worker.name)
@@ -158,7 +168,9 @@ class Order:
             self._remove(before)
         self._keys[worker.name] = key
         self._by_bit[worker.bit] = key, worker
-        insort(self._places, (key, worker))
+        place = bisect_left(self._sorted, key)
+        self._sorted.insert(place, key)
+        self._workers.insert(place, worker)
 
     def discard(self, worker: Worker) -> None:
         before = self._keys.pop(worker.name, None)
@@ -170,12 +182,12 @@ class Order:
     def first(self, mask: int | None = None) -> Worker:
         """Of all, or of those whose bits are set; there must be one."""
         if mask is None:
-            return self._places[0][1]
+            return self._workers[0]
         bits = mask & self.mask
         if self._is_sparse(bits):
             return min(self._sparse(bits))[1]
         # Of a mask of nearly all, one of the first is in it.
-        near = (worker for _, worker in self._places[:MAX_SPARSE_BITS] if bits >> worker.bit & 1)
+        near = (worker for worker in self._workers[:MAX_SPARSE_BITS] if bits >> worker.bit & 1)
         return next(near, None) or next(self._dense(bits))
 
     def within(self, mask: int, most: int | None = None) -> Iterator[Worker]:
@@ -187,12 +199,12 @@ class Order:
         return (worker for _, worker in (sorted(found) if most is None else nsmallest(most, found)))
 
     def _is_sparse(self, bits: int) -> bool:
-        return bits.bit_count() <= max(MAX_SPARSE_BITS, SPARSE_SHARE * len(self._places))
+        return bits.bit_count() <= max(MAX_SPARSE_BITS, SPARSE_SHARE * len(self._workers))
 
     def _dense(self, bits: int) -> Iterator[Worker]:
         # Looking into a string is faster than shifting a mask of a thousand bits.
         flags = f"{bits:b}"[::-1].ljust(self.mask.bit_length(), "0")
-        return (worker for _, worker in self._places if flags[worker.bit] == "1")
+        return (worker for worker in self._workers if flags[worker.bit] == "1")
 
     def _sparse(self, bits: int) -> list[tuple[Key, Worker]]:
         """In no order."""
@@ -207,4 +219,5 @@ class Order:
         return found
 
     def _remove(self, key: Key) -> None:
-        del self._places[bisect_left(self._places, (key,))]
+        place = bisect_left(self._sorted, key)
+        del self._sorted[place], self._workers[place]

@@ -282,7 +282,8 @@ class PrebleE2:
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
         self._forget(arrival.now - self._window_s, pool)
         # The least work, and of several without any the least load.
-        depth, idlest = arrival.match.longest, pool.by_own(self._by_work).first()
+        by_work = pool.by_own(self._by_work)
+        depth, idlest = arrival.match.longest, by_work.first()
         chosen, rule = idlest, "explore"
         if depth and 2 * depth * BLOCK_SIZE >= arrival.num_tokens:
             holder = pool.by_rank.first(arrival.match.holders)
@@ -292,7 +293,8 @@ class PrebleE2:
             chosen = min([idlest, *self._nearest(arrival, pool)], key=lambda worker: self._cost_of(arrival, worker))
         work = self._prefill_s(arrival, chosen) + arrival.remaining * self._cost.decode_s(1, arrival.num_tokens)
         self._given.append((arrival.now, chosen.name, work))
-        self._add_work(chosen.name, work, pool)
+        self._add_work(chosen.name, work)
+        by_work.put(chosen)
         return _decision(self.name, rule, chosen, arrival, pool)
 
     def _nearest(self, arrival: Arrival, pool: Pool) -> Iterator[Worker]:
@@ -312,18 +314,18 @@ class PrebleE2:
     def _by_work(self, worker: Worker) -> tuple[float, Rank]:
         return self._work(worker), worker.rank
 
-    def _add_work(self, name: str, seconds: float, pool: Pool) -> None:
+    def _add_work(self, name: str, seconds: float) -> None:
         after = self._recent.pop(name, 0.0) + seconds
         # Less is left of nothing by rounding.
         if after > 1e-9:
             self._recent[name] = after
-        if name in pool:
-            pool.by_own(self._by_work).put(pool[name])
 
     def _forget(self, before: float, pool: Pool) -> None:
         while self._given and self._given[0][0] < before:
             _, name, work = self._given.popleft()
-            self._add_work(name, -work, pool)
+            self._add_work(name, -work)
+            if name in pool:
+                pool.by_own(self._by_work).put(pool[name])
 
 
 # Cells of the heat map: prompts from 2^k * 128 tokens on, and answers from 2^k / 16 times the prompt on.
