@@ -32,10 +32,8 @@ def decode_object(body: bytes) -> dict[str, object]:
         value = _decoder.decode(body)
     except RecursionError:
         raise InvalidRequest("The request body is nested too deeply.") from None
-    except UnicodeDecodeError:
-        raise InvalidRequest(f"The request body is not valid UTF-8 (byte {_first_bad_byte(body)}).") from None
-    except msgspec.MsgspecError as error:
-        # msgspec from 0.23 on says of bad UTF-8 that it is, and not where.
+    except (UnicodeDecodeError, msgspec.MsgspecError) as error:
+        # Bad UTF-8 is the one or the other, by the version of msgspec.
         if (place := _first_bad_byte(body)) is not None:
             raise InvalidRequest(f"The request body is not valid UTF-8 (byte {place}).") from None
         fault = str(error).removeprefix("JSON is malformed: ")

@@ -43,7 +43,6 @@ from worker_svc.batch import Limits, StepPlan, Work, commit_blocks, make_room, p
 from worker_svc.blocks import BlockPool
 from worker_svc.checks import check_request
 from worker_svc.engine_io import (
-    MIN_RATED_TOKENS,
     Add,
     BlocksLoaded,
     BlocksOffloaded,
@@ -55,6 +54,7 @@ from worker_svc.engine_io import (
     Started,
     StepOutput,
     TokenRow,
+    says_prefill_rate,
 )
 from worker_svc.kv_exchange import MAX_OFFLOADS_PER_STEP, KvExchange
 from worker_svc.runner import ModelRunner
@@ -482,7 +482,7 @@ class Engine:
         num_tokens, num_emitted = sum(flight.plan.num_scheduled_tokens.values()), sum(len(e.token_ids) for e in emitted)
         seconds = now - max(flight.began, self._landed_at)
         self._landed_at = now
-        if flight.work.num_new >= MIN_RATED_TOKENS or (flight.work.num_chunks and not load.prefill_tokens_per_s):
+        if says_prefill_rate(flight.work.num_new, load.prefill_tokens_per_s > 0):
             load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, seconds)
         else:
             load.decode_tokens_per_s = self._decode_rate.add(num_emitted, seconds)

@@ -122,6 +122,11 @@ ENGINE_TOTALS: Final = frozenset(
 MIN_RATED_TOKENS: Final = 16
 
 
+def says_prefill_rate(num_new: int, is_measured: bool) -> bool:
+    """Whether a step with so many tokens of prompts says how fast these are computed; `is_measured`: any has before."""
+    return num_new >= MIN_RATED_TOKENS or (num_new > 0 and not is_measured)
+
+
 @dataclass(slots=True)
 class EngineLoad:
     """The engine's numbers of this moment; written by its thread, read by anyone."""

@@ -27,7 +27,7 @@ from weft.messages import (
 )
 from worker_svc.batch import Limits, StepPlan, commit_blocks, plan_step
 from worker_svc.blocks import BlockPool
-from worker_svc.engine_io import MIN_RATED_TOKENS, BlocksLoaded, LoadWanted
+from worker_svc.engine_io import BlocksLoaded, LoadWanted, says_prefill_rate
 from worker_svc.kv_exchange import KvExchange
 from worker_svc.sequence import Request, Sequence, State, ending
 
@@ -300,7 +300,7 @@ class SimWorker:
 
     def _rate(self, run: Run, seconds: float) -> None:
         num_prefilled = sum(run.prefill.values()) * run.num_steps
-        if num_prefilled >= MIN_RATED_TOKENS or (num_prefilled and not self._prefill_rate[1]):
+        if says_prefill_rate(num_prefilled, self._prefill_rate[1] > 0):
             amount, spent = self._prefill_rate
             self._prefill_rate = 0.95 * amount + num_prefilled, 0.95 * spent + seconds
         else:

@@ -202,14 +202,10 @@ class Bucket:
         self._trust: OrderedDict[str, _Trust] = OrderedDict()
 
     def guess(self, request: TokenizedRequest, num_generated: int = 0) -> Guess:
-        of_kind, of_all, share = self._means(request.tenant, request.num_prompt_tokens, num_generated)
-        return _guess(request, num_generated, of_all + share * (of_kind - of_all), of_kind, of_all)
+        return _guess(request, num_generated, *self._means(request.tenant, request.num_prompt_tokens, num_generated))
 
     def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int, guess: Guess | None = None) -> None:
-        of_kind, of_all, share = self._means(tenant, num_prompt_tokens, 0)
-        whole = of_all + share * (of_kind - of_all)
-        if guess is not None:
-            _, whole, of_kind, of_all = guess
+        whole, of_kind, of_all = self._means(tenant, num_prompt_tokens, 0) if guess is None else guess[1:]
         self.accuracy.add(whole, num_output_tokens)
         length = _prompt_kind(num_prompt_tokens)
         kind = _recent(self._kinds, (tenant, length), _new_kind)
@@ -220,12 +216,13 @@ class Bucket:
         self._all.add(num_output_tokens)
 
     def _means(self, tenant: str, num_prompt_tokens: int, num_generated: int) -> tuple[float, float, float]:
-        """Mean lengths of a kind and of all, and how far the kind is trusted."""
+        """Lengths: what is predicted, and the means of the kind and of all that it was made of."""
         length = _prompt_kind(num_prompt_tokens)
         kinds = (self._kinds.get((tenant, length)), self._by_length.get(length), self._all)
         of_kind = _beyond([kind for kind in kinds if kind is not None], num_generated)
-        trust = self._trust.get(tenant)
-        return of_kind, _beyond([self._all], num_generated), 1.0 if trust is None else trust.share
+        of_all, trust = _beyond([self._all], num_generated), self._trust.get(tenant)
+        share = 1.0 if trust is None else trust.share
+        return of_all + share * (of_kind - of_all), of_kind, of_all
 
 
 class Oracle:
