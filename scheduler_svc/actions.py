@@ -1,15 +1,18 @@
-"""What the scheduler decides: plans that the shell carries out, and that explain themselves. Pure."""
+"""What the scheduler decides: plans that the shell carries out, and that explain themselves. Pure.
+
+What is made for each request is a `msgspec.Struct` here and in all that decides: a frozen dataclass takes ten times as
+long to make.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from weft.errors import WeftError
 from weft.messages import BacklogPlace, Decision, TokenizedRequest
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(msgspec.Struct, frozen=True):
     """Send the request to the worker that was decided on."""
 
     request: TokenizedRequest
@@ -17,40 +20,35 @@ class Dispatch:
     stop_after: int | None = None  # tokens of each choice after which the worker is to hand it back
 
 
-@dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(msgspec.Struct, frozen=True):
     """Tell the gateway that the request will not be served."""
 
     request: TokenizedRequest
     error: WeftError
 
 
-@dataclass(frozen=True, slots=True)
-class Queued:
+class Queued(msgspec.Struct, frozen=True):
     """Tell the gateway that the request waits here."""
 
     request: TokenizedRequest
     place: BacklogPlace
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(msgspec.Struct, frozen=True):
     """Hand the request back to the gateway, which sends it into the ring again."""
 
     request: TokenizedRequest
     error: WeftError
 
 
-@dataclass(frozen=True, slots=True)
-class Dropped:
+class Dropped(msgspec.Struct, frozen=True):
     """The request is let go of without a word: cancelled, superseded, or its gateway is gone."""
 
     request: TokenizedRequest
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class WantSnapshot:
+class WantSnapshot(msgspec.Struct, frozen=True):
     """Ask the worker for all the blocks it holds: some of its news was missed."""
 
     worker: str

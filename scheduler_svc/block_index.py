@@ -7,10 +7,11 @@ of workers. A holder whose events have a gap is asked for a snapshot; until it c
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from weft.columns import split_hashes
 from weft.hashing import HASH_BYTES
@@ -18,6 +19,8 @@ from weft.messages import KvEvents
 
 # Events kept aside while a snapshot is on its way; past that, another snapshot is needed anyway.
 MAX_ASIDE: Final = 1024
+# Of a prompt's hashes, those that are looked up at once.
+PIECE_BYTES: Final = 32 * HASH_BYTES
 # After so long without an answer, or without the events that a status speaks of, ask (again).
 SNAPSHOT_WAIT_S: Final = 2.0
 
@@ -33,8 +36,7 @@ class _Holder:
     behind_since: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(msgspec.Struct, frozen=True):
     """How much of a prompt each worker holds: (number of leading blocks, mask of workers that hold so many or more).
 
     Shallow to deep; a worker in no mask holds not even the first block.
@@ -59,9 +61,22 @@ class Match:
 
     def depth(self, bit: int) -> int:
         """How many leading blocks one worker holds."""
-        # Who holds much holds less as well, so the levels of a worker come first.
-        count = bisect_left(self.levels, True, key=lambda level: not level[1] >> bit & 1)
-        return self.levels[count - 1][0] if count else 0
+        levels = self.levels
+        if not levels or not levels[0][1] >> bit & 1:
+            return 0
+        if levels[-1][1] >> bit & 1:
+            return levels[-1][0]
+        # Who holds much holds less as well. Most are in the first few levels only.
+        inside, outside = 0, 1
+        while levels[outside][1] >> bit & 1:
+            inside, outside = outside, min(2 * outside, len(levels) - 1)
+        while outside - inside > 1:
+            middle = (inside + outside) // 2
+            if levels[middle][1] >> bit & 1:
+                inside = middle
+            else:
+                outside = middle
+        return levels[inside][0]
 
     def groups(self, candidates: int) -> Iterator[tuple[int, int]]:
         """(number of leading blocks, mask of the candidates that hold so many and no more), deep to shallow."""
@@ -96,7 +111,7 @@ class BlockIndex:
     def remove(self, holder: str) -> None:
         """Forget a holder and its blocks."""
         found = self._holders.pop(holder)
-        self._discard(found, found.blocks)
+        self._discard(found, frozenset(found.blocks))
         self._free_bits.append(found.bit)
 
     def apply(self, events: KvEvents, now: float) -> bool:
@@ -149,20 +164,22 @@ class BlockIndex:
         """How many leading blocks of a column of hashes each of the candidates (a mask of bits) holds."""
         holders = self._masks.get
         levels: list[tuple[int, int]] = []
-        alive, depth, before = candidates, 0, -1
-        # Cut one by one: most of a long prompt is known to nobody.
-        for start in range(0, len(hashes), HASH_BYTES):
-            mask = holders(hashes[start : start + HASH_BYTES], 0)
-            # Most blocks are held by those that hold the one before, and by the same object.
-            still = alive if mask is before else alive & mask
-            before = mask
-            if still is not alive and still != alive:
-                if depth:
-                    levels.append((depth, alive))
-                alive = still
-                if not alive:
-                    return Match(tuple(levels))
-            depth += 1
+        alive, depth = candidates, 0
+        before: int | None = -1
+        # Cut piece by piece: most of a long prompt is known to nobody.
+        for start in range(0, len(hashes), PIECE_BYTES):
+            for mask in map(holders, split_hashes(hashes[start : start + PIECE_BYTES])):
+                # Most blocks are held by those that hold the one before, and by the same object.
+                if mask is not before:
+                    still = 0 if mask is None else alive & mask
+                    if still != alive:
+                        if depth:
+                            levels.append((depth, alive))
+                        if not still:
+                            return Match(tuple(levels))
+                        alive = still
+                    before = mask
+                depth += 1
         return Match((*levels, (depth, alive))) if depth else NO_MATCH
 
     def blocks_of(self, holder: str) -> frozenset[bytes]:
@@ -216,24 +233,24 @@ class BlockIndex:
         holder.asked_at = now
         return True
 
-    def _store(self, holder: _Holder, blocks: Iterable[bytes]) -> None:
+    def _store(self, holder: _Holder, blocks: Collection[bytes]) -> None:
         mask = 1 << holder.bit
         masks = self._masks
+        holder.blocks.update(blocks)
         before, after = 0, mask
         for block in blocks:
-            holder.blocks.add(block)
             held = masks.get(block, 0)
             # Blocks of a chain share one mask as an object, which saves time and memory when there are many workers.
             if held is not before:
                 before, after = held, held | mask
             masks[block] = after
 
-    def _discard(self, holder: _Holder, blocks: Iterable[bytes]) -> None:
+    def _discard(self, holder: _Holder, blocks: Collection[bytes]) -> None:
         keep = ~(1 << holder.bit)
         masks = self._masks
+        holder.blocks.difference_update(blocks)
         before = left = 0
-        for block in list(blocks):
-            holder.blocks.discard(block)
+        for block in blocks:
             held = masks.get(block, 0)
             if held is not before:
                 before, left = held, held & keep

@@ -6,6 +6,7 @@ predictions are made of this, so what is missing costs accuracy and nothing else
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from scheduler_svc.ends import End, Ends
@@ -36,8 +37,8 @@ class HeldBook:
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
-        self._of_worker: dict[str, dict[str, None]] = {}
-        self._ends: dict[str, Ends] = {}  # by model
+        self._of_worker: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._ends: defaultdict[str, Ends] = defaultdict(Ends)  # by model
 
     def send(self, waiting: Waiting, worker: Worker, ttft_s: float | None, now: float) -> None:
         """Book what is sent now. Mutates self."""
@@ -56,8 +57,8 @@ class HeldBook:
             guess=waiting.guess,
         )
         self._entries[request.request_id] = entry
-        self._of_worker.setdefault(worker.name, {})[request.request_id] = None
-        self._ends.setdefault(request.model, Ends()).add((entry.ends_at, entry.num_tokens))
+        self._of_worker[worker.name][request.request_id] = None
+        self._ends[request.model].add((entry.ends_at, entry.num_tokens))
 
     def end_choice(self, request_id: str) -> Entry | None:
         """A choice has ended; returns what was known of its request, if it was sent from here. Mutates self."""

@@ -21,6 +21,8 @@ from scheduler_svc.workers import Worker
 # of all. Who holds a prompt's beginning has more to do than others, so the first of them is far down in an order.
 MAX_SPARSE_BITS: Final = 16
 SPARSE_SHARE: Final = 1 / 8
+# Bits of a mask that are found faster one by one than word by word.
+FEW_BITS: Final = 4
 
 Key = tuple[Any, ...]
 
@@ -33,7 +35,7 @@ class Pool:
         self._orders = [self.by_rank]
         self._own: Order | None = None
         self._loads: list[int] = []
-        self._known: dict[str, tuple[int, str]] = {}  # load and role by name
+        self._known: dict[str, tuple[Worker, int, str]] = {}  # by name, with load and role as counted
         self._num_of: Counter[str] = Counter()  # workers by role
         self._roles: dict[str, Pool] = {}  # empty unless there were several roles when somebody asked
         for worker in workers:
@@ -51,7 +53,7 @@ class Pool:
 
     def __getitem__(self, name: str) -> Worker:
         """Raises KeyError if it is not there."""
-        return self.by_rank[self.by_rank.place_of(name)]
+        return self._known[name][0]
 
     @cached_property
     def by_queue(self) -> Order:
@@ -78,10 +80,11 @@ class Pool:
 
     def put(self, worker: Worker) -> None:
         """Add a worker, or find its places anew after it changed. Mutates self."""
-        role, known = worker.status.role, self._known.get(worker.name)
-        if known != (worker.load, role):
+        role = worker.status.role
+        known = worker, worker.load, role
+        if self._known.get(worker.name) != known:
             self._forget(worker)
-            self._known[worker.name] = worker.load, role
+            self._known[worker.name] = known
             self._num_of[role] += 1
             insort(self._loads, worker.load)
         for order in self._orders:
@@ -131,7 +134,7 @@ class Pool:
     def _forget(self, worker: Worker) -> None:
         before = self._known.pop(worker.name, None)
         if before is not None:
-            load, role = before
+            _, load, role = before
             self._num_of[role] -= 1
             del self._loads[bisect_left(self._loads, load)]
 
@@ -141,7 +144,6 @@ class Order:
 
     def __init__(self, key: Callable[[Worker], Key]) -> None:
         self.key = key
-        self._keys: dict[str, Key] = {}
         # By place: comparing keys alone is faster than comparing pairs.
         self._sorted: list[Key] = []
         self._workers: list[Worker] = []
@@ -154,30 +156,24 @@ class Order:
     def __getitem__(self, place: int) -> Worker:
         return self._workers[place]
 
-    def place_of(self, name: str) -> int:
-        """Raises KeyError if there is no worker of that name."""
-        return bisect_left(self._sorted, self._keys[name])
-
     def put(self, worker: Worker) -> None:
-        key, before = self.key(worker), self._keys.get(worker.name)
-        if key == before:
-            return
+        key, before = self.key(worker), self._by_bit.get(worker.bit)
         if before is None:
             self.mask |= 1 << worker.bit
+        elif before[0] == key:
+            return
         else:
-            self._remove(before)
-        self._keys[worker.name] = key
+            self._remove(before[0])
         self._by_bit[worker.bit] = key, worker
         place = bisect_left(self._sorted, key)
         self._sorted.insert(place, key)
         self._workers.insert(place, worker)
 
     def discard(self, worker: Worker) -> None:
-        before = self._keys.pop(worker.name, None)
+        before = self._by_bit.pop(worker.bit, None)
         if before is not None:
-            self._remove(before)
+            self._remove(before[0])
             self.mask &= ~(1 << worker.bit)
-            del self._by_bit[worker.bit]
 
     def first(self, mask: int | None = None) -> Worker:
         """Of all, or of those whose bits are set; there must be one."""
@@ -190,13 +186,15 @@ class Order:
         near = (worker for worker in self._workers[:MAX_SPARSE_BITS] if bits >> worker.bit & 1)
         return next(near, None) or next(self._dense(bits))
 
-    def within(self, mask: int, most: int | None = None) -> Iterator[Worker]:
+    def within(self, mask: int, most: int | None = None) -> Iterable[Worker]:
         """Those whose bits are set, or the first so many of them."""
         bits = mask & self.mask
         if not self._is_sparse(bits):
             return islice(self._dense(bits), most)
         found = self._sparse(bits)
-        return (worker for _, worker in (sorted(found) if most is None else nsmallest(most, found)))
+        # Few are sorted faster than the least of them are found.
+        first = sorted(found) if most is None or len(found) <= MAX_SPARSE_BITS else nsmallest(most, found)
+        return [worker for _, worker in first[:most]]
 
     def _is_sparse(self, bits: int) -> bool:
         return bits.bit_count() <= max(MAX_SPARSE_BITS, SPARSE_SHARE * len(self._workers))
@@ -208,16 +206,25 @@ class Order:
 
     def _sparse(self, bits: int) -> list[tuple[Key, Worker]]:
         """In no order."""
-        found = []
-        num_words = -(-bits.bit_length() // 64)
-        # Shifting a mask of ten thousand bits for each of them would take as long as the search.
-        for number, word in enumerate(struct.unpack(f"<{num_words}Q", bits.to_bytes(8 * num_words, "little"))):
-            while word:
-                lowest = word & -word
-                found.append(self._by_bit[64 * number + lowest.bit_length() - 1])
-                word ^= lowest
-        return found
+        return [self._by_bit[bit] for bit in _numbers(bits)]
 
     def _remove(self, key: Key) -> None:
         place = bisect_left(self._sorted, key)
         del self._sorted[place], self._workers[place]
+
+
+def _numbers(bits: int) -> Iterator[int]:
+    """Of the bits that are set, the lowest first."""
+    base = 0
+    if bits.bit_count() > FEW_BITS:
+        # Shifting a mask of ten thousand bits for each of them would take as long as the search.
+        num_words = -(-bits.bit_length() // 64)
+        words: Iterable[int] = struct.unpack(f"<{num_words}Q", bits.to_bytes(8 * num_words, "little"))
+    else:
+        words = (bits,)
+    for word in words:
+        while word:
+            lowest = word & -word
+            yield base + lowest.bit_length() - 1
+            word ^= lowest
+        base += 64

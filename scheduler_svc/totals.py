@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from operator import add, sub
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 from scheduler_svc.workers import Worker
+from weft.messages import WorkerStatus
 
 # Rates are summed as whole numbers of tokens in so many seconds, and times in nanoseconds: a sum of floats would drift
 # with every change.
 _RATE_S: Final = 1000
 
 
-class Sums(NamedTuple):
-    """Of one worker, or of several."""
+@dataclass(slots=True)
+class Sums:
+    """Over several workers."""
 
     load: int = 0  # sequences held or on their way
     waiting_tokens: int = 0
-    num_seats: int = 0  # sequences that can be held
     num_measured: int = 0  # workers that prefill and have measured how fast
     num_prefilling: int = 0  # workers that prefill, whatever else they do
     num_decoding: int = 0
@@ -46,17 +47,14 @@ class Sums(NamedTuple):
         return self.decode_tokens / _RATE_S
 
 
-NOTHING: Final = Sums()
-
-
 class Totals:
     """The ready workers of one model."""
 
     def __init__(self, workers: Iterable[Worker] = ()) -> None:
         self._workers: dict[str, Worker] = {}
-        self._counted: dict[str, Sums] = {}  # of each worker
+        self._counted: dict[str, tuple[WorkerStatus, int, int]] = {}  # of each worker, its load and tokens as counted
         self._sizes: Counter[int] = Counter()
-        self.sums = NOTHING
+        self.sums = Sums()
         for worker in workers:
             self.put(worker)
 
@@ -73,48 +71,51 @@ class Totals:
 
     def put(self, worker: Worker) -> None:
         """Count a worker, or count it anew after it changed. Mutates self."""
-        before, after = self._counted.get(worker.name), _sums_of(worker)
+        before = self._counted.get(worker.name)
+        status, load, waiting_tokens = worker.status, worker.load, worker.waiting_tokens
         self._workers[worker.name] = worker
-        self._counted[worker.name] = after
-        if before is None or before.num_seats != after.num_seats:
-            self._sizes[after.num_seats] += 1
-            self._forget_size(before)
-        self._change(before or NOTHING, after)
+        self._counted[worker.name] = status, load, waiting_tokens
+        if before is None:
+            self._count(status, 1)
+        else:
+            # Most changes are of what was sent to it, of which the status does not speak.
+            if before[0] is not status:
+                self._count(before[0], -1)
+                self._count(status, 1)
+            load -= before[1]
+            waiting_tokens -= before[2]
+        self.sums.load += load
+        self.sums.waiting_tokens += waiting_tokens
 
     def discard(self, worker: Worker) -> None:
         """Count a worker no more, if it is counted. Mutates self."""
         before = self._counted.pop(worker.name, None)
         if before is not None:
+            status, load, waiting_tokens = before
             del self._workers[worker.name]
-            self._forget_size(before)
-            self._change(before, NOTHING)
+            self._count(status, -1)
+            self.sums.load -= load
+            self.sums.waiting_tokens -= waiting_tokens
 
     def is_same(self, other: Totals) -> bool:
         """Whether the other one has counted the same workers alike."""
         return (self._counted, self._sizes, self.sums) == (other._counted, other._sizes, other.sums)
 
-    def _change(self, before: Sums, after: Sums) -> None:
-        self.sums = Sums(*map(add, self.sums, map(sub, after, before)))
-
-    def _forget_size(self, before: Sums | None) -> None:
-        if before is not None:
-            self._sizes[before.num_seats] -= 1
-            if not self._sizes[before.num_seats]:
-                del self._sizes[before.num_seats]
-
-
-def _sums_of(worker: Worker) -> Sums:
-    status = worker.status
-    prefills, decodes = status.role != "decode", status.role != "prefill"
-    return Sums(
-        load=worker.load,
-        waiting_tokens=worker.waiting_tokens,
-        num_seats=status.max_num_seqs,
-        num_measured=int(prefills and status.prefill_tokens_per_s > 0),
-        num_prefilling=int(prefills),
-        num_decoding=int(decodes),
-        prefill_tokens=round(_RATE_S * status.prefill_tokens_per_s) if prefills else 0,
-        decode_tokens=round(_RATE_S * status.decode_tokens_per_s) if decodes else 0,
-        num_loading=int(status.block_load_s > 0),
-        block_load_ns=round(1e9 * status.block_load_s),
-    )
+    def _count(self, status: WorkerStatus, times: int) -> None:
+        """Add what a status says once, or take it away again."""
+        sums = self.sums
+        if status.role != "decode":
+            sums.num_prefilling += times
+            if status.prefill_tokens_per_s > 0:
+                sums.num_measured += times
+                sums.prefill_tokens += times * round(_RATE_S * status.prefill_tokens_per_s)
+        if status.role != "prefill":
+            sums.num_decoding += times
+            sums.decode_tokens += times * round(_RATE_S * status.decode_tokens_per_s)
+        if status.block_load_s > 0:
+            sums.num_loading += times
+            sums.block_load_ns += times * round(1e9 * status.block_load_s)
+        size = status.max_num_seqs
+        self._sizes[size] += times
+        if not self._sizes[size]:
+            del self._sizes[size]

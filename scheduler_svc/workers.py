@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from scheduler_svc.policy.order import Waiting
 from weft.messages import TokenizedRequest, WorkerStatus
 
@@ -16,8 +18,7 @@ from weft.messages import TokenizedRequest, WorkerStatus
 LOST_AFTER_S: Final = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class InFlight:
+class InFlight(msgspec.Struct, frozen=True):
     """An assignment on its way."""
 
     waiting: Waiting

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from weft.errors import InvalidRequest
 from weft.messages import BlockHash
 from worker_svc.blocks import BlockPool
@@ -35,8 +37,7 @@ class Limits:
     max_model_len: int = 0  # tokens that `reserve_max` keeps for each sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """What a step computes, in the numbers that its time follows from."""
 
     num_new: int = 0  # tokens of prompts
@@ -46,8 +47,7 @@ class Work:
     num_chunks: int = 0  # prompts, or pieces of them
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True):
     """What a step does. Block tables have room for it already."""
 
     # Tokens that each sequence computes, in the order of their rows: its next ones after `num_computed_tokens`.

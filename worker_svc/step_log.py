@@ -7,9 +7,10 @@ had no pause it goes from the end of the step before to its own end, so that tim
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Final
+
+from msgspec.structs import astuple, fields
 
 from weft.errors import SettingsError
 from worker_svc.batch import Work

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import msgspec
+
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.ends import Ends
 from weft.errors import Overloaded, WeftError
@@ -29,8 +31,7 @@ class Objectives:
     tbt_s: float = float("inf")
 
 
-@dataclass(frozen=True, slots=True)
-class BacklogView:
+class BacklogView(msgspec.Struct, frozen=True):
     """What waits for a request's model, all requests together, and what its workers do in a second."""
 
     num_requests: int
@@ -40,8 +41,7 @@ class BacklogView:
     decode_tokens_per_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class LoadView:
+class LoadView(msgspec.Struct, frozen=True):
     """What the workers of a request's model have to do."""
 
     backlog: BacklogView

@@ -10,8 +10,9 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final, Protocol
+
+import msgspec
 
 from scheduler_svc.policy.predict import Guess
 from weft.messages import TokenizedRequest
@@ -31,8 +32,7 @@ STARVATION_S: Final = 30.0
 OUTPUT_WEIGHT: Final = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(msgspec.Struct, frozen=True):
     """A request in the backlog, and what policies may know of it.
 
     `ticket` counts arrivals; a request that is put back keeps its own.

@@ -29,6 +29,8 @@ KIND_HALF_LIFE: Final = 10.0
 MIN_LEARNT: Final = 8
 # What kinds are trusted by before there is enough that speaks against them, in squares of tokens.
 ASSUMED_TRUE: Final = float(MIN_LEARNT * BUCKET_TOKENS**2)
+# What weights may grow to before all are made smaller.
+MAX_WEIGHT: Final = 1e9
 # Kinds of requests that are kept apart, the least recently seen forgotten first.
 MAX_KINDS: Final = 10_000
 
@@ -104,8 +106,12 @@ class _Histogram:
     """Output lengths in buckets, older ones weighing less."""
 
     half_life: float = HALF_LIFE
+    # By bucket, how many there were and the sum of their lengths, with their weights.
     counts: list[float] = field(default_factory=list)
-    sums: list[float] = field(default_factory=list)  # of the lengths in each bucket
+    sums: list[float] = field(default_factory=list)
+    count: float = 0.0  # over all buckets
+    total: float = 0.0
+    weight: float = 1.0  # of the last one, which grows instead of the others' shrinking
     num_seen: int = 0
 
     def add(self, length: int) -> None:
@@ -115,14 +121,23 @@ class _Histogram:
         if missing > 0:
             self.counts += [0.0] * missing
             self.sums += [0.0] * missing
-        decay = 0.5 ** (1 / self.half_life)
-        self.counts = [count * decay for count in self.counts]
-        self.sums = [value * decay for value in self.sums]
-        self.counts[bucket] += 1
-        self.sums[bucket] += length
+        self.weight *= 2 ** (1 / self.half_life)
+        self.counts[bucket] += self.weight
+        self.sums[bucket] += self.weight * length
+        self.count += self.weight
+        self.total += self.weight * length
+        if self.weight > MAX_WEIGHT:
+            self._scale(1 / self.weight)
+
+    def _scale(self, factor: float) -> None:
+        self.counts = [count * factor for count in self.counts]
+        self.sums = [value * factor for value in self.sums]
+        self.weight, self.count, self.total = self.weight * factor, sum(self.counts), sum(self.sums)
 
     def mean_beyond(self, length: int) -> float | None:
         """Mean length of those that are longer than `length`, None if there are none to speak of."""
+        if not length:
+            return self.total / self.count if self.count else None
         count = total = 0.0
         for bucket in range(length // BUCKET_TOKENS, len(self.counts)):
             if not self.counts[bucket]:
@@ -132,7 +147,7 @@ class _Histogram:
             if mean > length:
                 count += self.counts[bucket]
                 total += self.sums[bucket]
-        return total / count if count > 1e-3 else None
+        return total / count if count > 1e-3 * self.weight else None
 
 
 class MeanLength:

@@ -6,13 +6,13 @@ at every worker: the pool keeps them in order, and workers that hold equally muc
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Final, Protocol
 
+import msgspec
 from msgspec.structs import replace
 
 from scheduler_svc.block_index import NO_MATCH, Match
@@ -24,8 +24,7 @@ from weft.limits import MAX_SCORES
 from weft.messages import Decision, Score
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True):
     """What a policy knows of the request to be placed."""
 
     num_tokens: int  # of the prompt, and what was generated before
@@ -225,7 +224,7 @@ class MinTtft:
             if decode := pool.of_role("decode"):
                 return _decision(self.name, "decode: least load", decode.least(), arrival, pool)
         elif prefill := pool.of_role("prefill"):
-            inside = dataclasses.replace(arrival, match=arrival.match.within(prefill.mask))
+            inside = replace(arrival, match=arrival.match.within(prefill.mask))
             return replace(self._soonest(inside, prefill), stop_after=1)
         return self._soonest(arrival, pool)
 
@@ -378,7 +377,7 @@ class PdHeatmap:
         return bool(together) and together > self._override * apart
 
     def _place(self, arrival: Arrival, pool: Pool, role: str, stop_after: int | None) -> Decision:
-        inside = dataclasses.replace(arrival, match=arrival.match.within(pool.mask))
+        inside = replace(arrival, match=arrival.match.within(pool.mask))
         found = self._within.decide(inside, pool)
         return replace(found, policy=self.name, rule=f"{role}: {found.rule}", stop_after=stop_after)
 
@@ -432,6 +431,11 @@ def _decision(policy: str, rule: str, chosen: Worker, arrival: Arrival, pool: Po
 def _scores(chosen: Worker, match: Match, pool: Pool) -> tuple[Score, ...]:
     """The chosen one first, then the least loaded, then those that hold most of the prompt, then by load."""
     holders = pool.by_rank.within(match.holders, MAX_SCORES) if match.longest else ()
-    nearest = (chosen, pool.least(), *holders, *islice(pool, MAX_SCORES))
-    shown = list({worker.name: worker for worker in nearest}.values())[:MAX_SCORES]
-    return tuple(Score(worker.name, worker.load, worker.waiting_tokens, match.depth(worker.bit)) for worker in shown)
+    shown = {chosen.bit: chosen}
+    for worker in chain((pool.least(),), holders, pool):
+        shown[worker.bit] = worker
+        if len(shown) == MAX_SCORES:
+            break
+    return tuple(
+        [Score(worker.name, worker.load, worker.waiting_tokens, match.depth(bit)) for bit, worker in shown.items()]
+    )

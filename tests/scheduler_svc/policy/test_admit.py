@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.ends import End, Ends
@@ -33,14 +33,14 @@ TIGHT = {"": Objectives(ttft_s=1.0, tbt_s=0.05)}
 
 def make_view(**changes: Any) -> BacklogView:
     empty = BacklogView(0, 0, 0, prefill_tokens_per_s=0.0, decode_tokens_per_s=0.0)
-    return dataclasses.replace(empty, **changes)
+    return replace(empty, **changes)
 
 
 def make_load(ends: Iterable[End] = (), **changes: Any) -> LoadView:
     idle = LoadView(make_view(), 1, 1, 0, 0, 0.0, Ends())
     for end in ends:
         idle.ends.add(end)
-    return dataclasses.replace(idle, **changes)
+    return replace(idle, **changes)
 
 
 def refused(policy: Any, load: LoadView, num_tokens: int = 10, **changes: Any) -> Any:
