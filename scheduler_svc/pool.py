@@ -31,8 +31,8 @@ class Pool:
     """Open workers, in three orders, and the same by role; what nobody has asked for yet is not kept up."""
 
     def __init__(self, workers: Iterable[Worker] = ()) -> None:
-        self.by_rank = Order(lambda worker: worker.rank)  # the least loaded first
-        self._orders = [self.by_rank]
+        self.mask = 0  # the bits of all
+        self._orders: list[Order] = []
         self._own: Order | None = None
         self._loads: list[int] = []
         self._known: dict[str, tuple[Worker, int, str]] = {}  # by name, with load and role as counted
@@ -48,12 +48,17 @@ class Pool:
         return name in self._known
 
     def __iter__(self) -> Iterator[Worker]:
-        """The least loaded first."""
-        return iter(self.by_rank)
+        """In no order."""
+        return (worker for worker, _, _ in self._known.values())
 
     def __getitem__(self, name: str) -> Worker:
         """Raises KeyError if it is not there."""
         return self._known[name][0]
+
+    @cached_property
+    def by_rank(self) -> Order:
+        """The least loaded first."""
+        return self._order(lambda worker: worker.rank)
 
     @cached_property
     def by_queue(self) -> Order:
@@ -73,17 +78,15 @@ class Pool:
             self._own = self._order(key)
         return self._own
 
-    @property
-    def mask(self) -> int:
-        """The bits of all."""
-        return self.by_rank.mask
-
     def put(self, worker: Worker) -> None:
         """Add a worker, or find its places anew after it changed. Mutates self."""
-        role = worker.status.role
+        before, role = self._known.get(worker.name), worker.status.role
         known = worker, worker.load, role
-        if self._known.get(worker.name) != known:
-            self._forget(worker)
+        if before != known:
+            if before is None:
+                self.mask |= 1 << worker.bit
+            else:
+                self._uncount(*before[1:])
             self._known[worker.name] = known
             self._num_of[role] += 1
             insort(self._loads, worker.load)
@@ -94,7 +97,10 @@ class Pool:
 
     def discard(self, worker: Worker) -> None:
         """Take a worker out, if it is there. Mutates self."""
-        self._forget(worker)
+        before = self._known.pop(worker.name, None)
+        if before is not None:
+            self.mask &= ~(1 << worker.bit)
+            self._uncount(*before[1:])
         for order in self._orders:
             order.discard(worker)
         if worker.status.role in self._roles:
@@ -131,12 +137,9 @@ class Pool:
         self._orders.append(order)
         return order
 
-    def _forget(self, worker: Worker) -> None:
-        before = self._known.pop(worker.name, None)
-        if before is not None:
-            _, load, role = before
-            self._num_of[role] -= 1
-            del self._loads[bisect_left(self._loads, load)]
+    def _uncount(self, load: int, role: str) -> None:
+        self._num_of[role] -= 1
+        del self._loads[bisect_left(self._loads, load)]
 
 
 class Order:
@@ -149,6 +152,9 @@ class Order:
         self._workers: list[Worker] = []
         self._by_bit: dict[int, tuple[Key, Worker]] = {}
         self.mask = 0
+
+    def __len__(self) -> int:
+        return len(self._workers)
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers)
@@ -206,16 +212,17 @@ class Order:
 
     def _sparse(self, bits: int) -> list[tuple[Key, Worker]]:
         """In no order."""
-        return [self._by_bit[bit] for bit in _numbers(bits)]
+        by_bit = self._by_bit
+        return [by_bit[bit] for bit in _numbers(bits)]
 
     def _remove(self, key: Key) -> None:
         place = bisect_left(self._sorted, key)
         del self._sorted[place], self._workers[place]
 
 
-def _numbers(bits: int) -> Iterator[int]:
+def _numbers(bits: int) -> list[int]:
     """Of the bits that are set, the lowest first."""
-    base = 0
+    found, base = [], 0
     if bits.bit_count() > FEW_BITS:
         # Shifting a mask of ten thousand bits for each of them would take as long as the search.
         num_words = -(-bits.bit_length() // 64)
@@ -225,6 +232,7 @@ def _numbers(bits: int) -> Iterator[int]:
     for word in words:
         while word:
             lowest = word & -word
-            yield base + lowest.bit_length() - 1
+            found.append(base + lowest.bit_length() - 1)
             word ^= lowest
         base += 64
+    return found

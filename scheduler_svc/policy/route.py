@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from scheduler_svc.block_index import NO_MATCH, Match
 from scheduler_svc.cost_model import CostModel, Transfer
-from scheduler_svc.pool import Pool
+from scheduler_svc.pool import Order, Pool
 from scheduler_svc.workers import Rank, Worker
 from weft.hashing import BLOCK_SIZE
 from weft.limits import MAX_SCORES
@@ -66,7 +66,7 @@ class LeastLoaded:
     uses_prefix = False
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
-        return _decision(self.name, "least load", pool.least(), arrival, pool)
+        return _decision(self.name, "least load", pool.least(), arrival, pool.by_rank)
 
 
 class RoundRobin:
@@ -79,7 +79,7 @@ class RoundRobin:
     uses_prefix = False
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
-        return _decision(self.name, "longest unused", pool.by_use.first(), arrival, pool)
+        return _decision(self.name, "longest unused", pool.by_use.first(), arrival, pool.by_use)
 
 
 class Random:
@@ -92,7 +92,8 @@ class Random:
         self._chance = chance
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
-        return _decision(self.name, "by chance", pool.by_rank[self._chance.randrange(len(pool))], arrival, pool)
+        chosen = pool.by_rank[self._chance.randrange(len(pool))]
+        return _decision(self.name, "by chance", chosen, arrival, pool.by_rank)
 
 
 class PowerOfTwo:
@@ -111,7 +112,7 @@ class PowerOfTwo:
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
         # The pool is in the order of load, so the lower place is the lesser load.
         place = min(self._chance.sample(range(len(pool)), min(2, len(pool))))
-        return _decision(self.name, "better of two", pool.by_rank[place], arrival, pool)
+        return _decision(self.name, "better of two", pool.by_rank[place], arrival, pool.by_rank)
 
 
 class PrefixAware:
@@ -144,7 +145,7 @@ class PrefixAware:
             chosen, rule = pool.least(), "unbalanced"
         else:
             chosen, rule = pool.by_rank.first(match.holders), "longest match"
-        return _decision(self.name, rule, chosen, arrival, pool)
+        return _decision(self.name, rule, chosen, arrival, pool.by_rank)
 
 
 class LeastPrefill:
@@ -182,7 +183,7 @@ class LeastPrefill:
             num_saved = (match.longest - match.depth(chosen.bit)) * self._block_size
             if holder.waiting_tokens <= chosen.waiting_tokens + num_saved:
                 chosen, rule = holder, "longest match"
-        return _decision(self.name, rule, chosen, arrival, pool)
+        return _decision(self.name, rule, chosen, arrival, pool.by_queue)
 
     def _is_worth_it(self, arrival: Arrival, pool: Pool) -> bool:
         """Whether what is cached may decide."""
@@ -222,7 +223,7 @@ class MinTtft:
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
         if arrival.is_decode:
             if decode := pool.of_role("decode"):
-                return _decision(self.name, "decode: least load", decode.least(), arrival, pool)
+                return _decision(self.name, "decode: least load", decode.least(), arrival, decode.by_rank)
         elif prefill := pool.of_role("prefill"):
             inside = replace(arrival, match=arrival.match.within(prefill.mask))
             return replace(self._soonest(inside, prefill), stop_after=1)
@@ -242,7 +243,7 @@ class MinTtft:
                 best = seconds, worker, rule
         assert best is not None
         seconds, worker, rule = best
-        return replace(_decision(self.name, rule, worker, arrival, pool), expected_ttft_s=seconds)
+        return replace(_decision(self.name, rule, worker, arrival, pool.by_queue), expected_ttft_s=seconds)
 
     def _first_token_s(self, arrival: Arrival, depth: int) -> tuple[float, str]:
         longest, block_s = arrival.match.longest, self._transfer.block_s
@@ -294,7 +295,7 @@ class PrebleE2:
         self._given.append((arrival.now, chosen.name, work))
         self._add_work(chosen.name, work)
         by_work.put(chosen)
-        return _decision(self.name, rule, chosen, arrival, pool)
+        return _decision(self.name, rule, chosen, arrival, by_work)
 
     def _nearest(self, arrival: Arrival, pool: Pool) -> Iterator[Worker]:
         """Some that hold most of the prompt: the least loaded ones of the two longest matches."""
@@ -417,22 +418,23 @@ def _is_unbalanced(pool: Pool, balance_abs: int, balance_rel: float) -> bool:
     return most - least > balance_abs and most > balance_rel * least
 
 
-def _decision(policy: str, rule: str, chosen: Worker, arrival: Arrival, pool: Pool) -> Decision:
+def _decision(policy: str, rule: str, chosen: Worker, arrival: Arrival, order: Order) -> Decision:
+    """`order`: of the candidates, by which the policy chose."""
     return Decision(
         worker=chosen.name,
         policy=policy,
         rule=rule,
-        num_candidates=len(pool),
+        num_candidates=len(order),
         num_prompt_blocks=arrival.num_blocks,
-        scores=_scores(chosen, arrival.match, pool),
+        scores=_scores(chosen, arrival.match, order),
     )
 
 
-def _scores(chosen: Worker, match: Match, pool: Pool) -> tuple[Score, ...]:
-    """The chosen one first, then the least loaded, then those that hold most of the prompt, then by load."""
-    holders = pool.by_rank.within(match.holders, MAX_SCORES) if match.longest else ()
+def _scores(chosen: Worker, match: Match, order: Order) -> tuple[Score, ...]:
+    """The chosen one first, then the first in order, then those that hold most of the prompt, then the next in order."""
+    holders = order.within(match.holders, MAX_SCORES) if match.longest else ()
     shown = {chosen.bit: chosen}
-    for worker in chain((pool.least(),), holders, pool):
+    for worker in chain((order.first(),), holders, order):
         shown[worker.bit] = worker
         if len(shown) == MAX_SCORES:
             break
