@@ -7,7 +7,7 @@ of workers. A holder whose events have a gap is asked for a snapshot; until it c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -61,22 +61,33 @@ class Match(msgspec.Struct, frozen=True):
 
     def depth(self, bit: int) -> int:
         """How many leading blocks one worker holds."""
-        levels = self.levels
-        if not levels or not levels[0][1] >> bit & 1:
-            return 0
-        if levels[-1][1] >> bit & 1:
-            return levels[-1][0]
-        # Who holds much holds less as well. Most are in the first few levels only.
-        inside, outside = 0, 1
-        while levels[outside][1] >> bit & 1:
-            inside, outside = outside, min(2 * outside, len(levels) - 1)
-        while outside - inside > 1:
-            middle = (inside + outside) // 2
-            if levels[middle][1] >> bit & 1:
-                inside = middle
-            else:
-                outside = middle
-        return levels[inside][0]
+        return self.depths((bit,))[0]
+
+    def depths(self, bits: Iterable[int]) -> list[int]:
+        """How many leading blocks each of some workers holds."""
+        levels, found = self.levels, []
+        if not levels:
+            return [0 for _ in bits]
+        last, (_, any_of_it), (longest, all_of_it) = len(levels) - 1, levels[0], levels[-1]
+        for bit in bits:
+            if all_of_it >> bit & 1:
+                found.append(longest)
+                continue
+            if not any_of_it >> bit & 1:
+                found.append(0)
+                continue
+            # Who holds much holds less as well. Most are in the first few levels only.
+            inside, outside = 0, 1
+            while levels[outside][1] >> bit & 1:
+                inside, outside = outside, min(2 * outside, last)
+            while outside - inside > 1:
+                middle = (inside + outside) // 2
+                if levels[middle][1] >> bit & 1:
+                    inside = middle
+                else:
+                    outside = middle
+            found.append(levels[inside][0])
+        return found
 
     def groups(self, candidates: int) -> Iterator[tuple[int, int]]:
         """(number of leading blocks, mask of the candidates that hold so many and no more), deep to shallow."""

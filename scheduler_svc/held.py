@@ -7,7 +7,8 @@ predictions are made of this, so what is missing costs accuracy and nothing else
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+
+import msgspec
 
 from scheduler_svc.ends import End, Ends
 from scheduler_svc.policy.order import Waiting
@@ -17,8 +18,7 @@ from weft.errors import InvariantViolation
 from weft.messages import WorkerStatus
 
 
-@dataclass(slots=True)
-class Entry:
+class Entry(msgspec.Struct):
     """One request in a worker."""
 
     model: str
@@ -38,7 +38,7 @@ class HeldBook:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._of_worker: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        self._ends: defaultdict[str, Ends] = defaultdict(Ends)  # by model
+        self._ends: dict[str, Ends] = {}  # by model, of those that were asked about
 
     def send(self, waiting: Waiting, worker: Worker, ttft_s: float | None, now: float) -> None:
         """Book what is sent now. Mutates self."""
@@ -58,7 +58,8 @@ class HeldBook:
         )
         self._entries[request.request_id] = entry
         self._of_worker[worker.name][request.request_id] = None
-        self._ends[request.model].add((entry.ends_at, entry.num_tokens))
+        if request.model in self._ends:
+            self._ends[request.model].add((entry.ends_at, entry.num_tokens))
 
     def end_choice(self, request_id: str) -> Entry | None:
         """A choice has ended; returns what was known of its request, if it was sent from here. Mutates self."""
@@ -74,7 +75,8 @@ class HeldBook:
         entry = self._entries.pop(request_id, None)
         if entry is not None:
             del self._of_worker[entry.worker][request_id]
-            self._ends[entry.model].remove((entry.ends_at, entry.num_tokens))
+            if entry.model in self._ends:
+                self._ends[entry.model].remove((entry.ends_at, entry.num_tokens))
 
     def on_status(self, status: WorkerStatus, now: float) -> None:
         """An idle worker has ended all that it was sent, but for what is on its way still. Mutates self."""
@@ -91,14 +93,20 @@ class HeldBook:
         self._of_worker.pop(worker, None)
 
     def ends(self, model: str) -> Ends:
-        """When those of a model are predicted to end."""
-        return self._ends.get(model) or Ends()
+        """When those of a model are predicted to end. Mutates self: they are kept up from the first time on."""
+        if model not in self._ends:
+            ends = self._ends[model] = Ends()
+            for entry in self._entries.values():
+                if entry.model == model:
+                    ends.add((entry.ends_at, entry.num_tokens))
+        return self._ends[model]
 
     def check(self) -> None:
         """Raises InvariantViolation if the books do not balance."""
         ends: dict[str, list[End]] = {model: [] for model in self._ends}
         for entry in self._entries.values():
-            ends[entry.model].append((entry.ends_at, entry.num_tokens))
+            if entry.model in ends:
+                ends[entry.model].append((entry.ends_at, entry.num_tokens))
         if {model: list(found) for model, found in self._ends.items()} != {m: sorted(e) for m, e in ends.items()}:
             raise InvariantViolation("the ends of requests are not those of the entries")
         if {(name, entry.worker) for name, entry in self._entries.items()} != {

@@ -419,7 +419,7 @@ class ClusterState:
             found = match or self._blocks.match(request.block_hashes, -1)
             num_matched = found.longest * self._maker.block_size
         deadline = since + objectives_of(request, self._maker.objectives).ttft_s
-        remaining = sum(guess.remaining for guess in guesses)
+        remaining = sum([guess.remaining for guess in guesses])
         return Waiting(request, ticket, since, remaining, num_matched, deadline, guesses[0])
 
     def _match(self, request: TokenizedRequest, candidates: Pool) -> Match:

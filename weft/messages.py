@@ -182,7 +182,10 @@ class TokenizedRequest(msgspec.Struct, frozen=True, tag=2, tag_field="t", forbid
     @property
     def num_tokens(self) -> int:
         """Tokens whose KV the worker must compute or find before the first new one, over all choices."""
-        return self.num_prompt_tokens + sum(len(choice.emitted) // 4 for choice in self.choices)
+        num_bytes = len(self.prompt_token_ids)
+        for choice in self.choices:
+            num_bytes += len(choice.emitted)
+        return num_bytes // 4
 
 
 class Assignment(msgspec.Struct, frozen=True, tag=3, tag_field="t", forbid_unknown_fields=True):

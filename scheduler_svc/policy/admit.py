@@ -31,6 +31,9 @@ class Objectives:
     tbt_s: float = float("inf")
 
 
+NOTHING_PROMISED: Final = Objectives()
+
+
 class BacklogView(msgspec.Struct, frozen=True):
     """What waits for a request's model, all requests together, and what its workers do in a second."""
 
@@ -178,7 +181,7 @@ class PredictedReject(EarlyReject):
 
 def objectives_of(request: TokenizedRequest, objectives: Mapping[str, Objectives]) -> Objectives:
     """Of a request's class; those of the class "" for one that is not known."""
-    return objectives.get(request.slo_class) or objectives.get("", Objectives())
+    return objectives.get(request.slo_class) or objectives.get("", NOTHING_PROMISED)
 
 
 def retry_after(backlog: BacklogView) -> float:

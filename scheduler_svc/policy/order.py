@@ -49,7 +49,7 @@ class Waiting(msgspec.Struct, frozen=True):
     @property
     def num_generated(self) -> int:
         """Tokens that it has, over all choices."""
-        return sum(len(choice.emitted) // 4 for choice in self.request.choices)
+        return self.request.num_tokens - self.request.num_prompt_tokens
 
     @property
     def num_to_prefill(self) -> int:

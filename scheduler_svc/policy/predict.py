@@ -164,11 +164,11 @@ class MeanLength:
         self._histogram = _Histogram()
 
     def guess(self, request: TokenizedRequest, num_generated: int = 0) -> Guess:
-        whole = _beyond([self._histogram], num_generated)
+        whole = _beyond(self._histogram, num_generated)
         return _guess(request, num_generated, whole, whole, whole)
 
     def learn(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int, guess: Guess | None = None) -> None:
-        self.accuracy.add(_beyond([self._histogram], 0) if guess is None else guess.whole, num_output_tokens)
+        self.accuracy.add(_beyond(self._histogram, 0) if guess is None else guess.whole, num_output_tokens)
         self._histogram.add(num_output_tokens)
 
 
@@ -233,9 +233,12 @@ class Bucket:
     def _means(self, tenant: str, num_prompt_tokens: int, num_generated: int) -> tuple[float, float, float]:
         """Lengths: what is predicted, and the means of the kind and of all that it was made of."""
         length = _prompt_kind(num_prompt_tokens)
-        kinds = (self._kinds.get((tenant, length)), self._by_length.get(length), self._all)
-        of_kind = _beyond([kind for kind in kinds if kind is not None], num_generated)
-        of_all, trust = _beyond([self._all], num_generated), self._trust.get(tenant)
+        of_kind = of_all = _beyond(self._all, num_generated)
+        for kind in (self._kinds.get((tenant, length)), self._by_length.get(length)):
+            if kind is not None and kind.num_seen >= MIN_LEARNT:
+                of_kind = _beyond(kind, num_generated)
+                break
+        trust = self._trust.get(tenant)
         share = 1.0 if trust is None else trust.share
         return of_all + share * (of_kind - of_all), of_kind, of_all
 
@@ -289,10 +292,9 @@ def _recent(known: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
     return known[key]
 
 
-def _beyond(histograms: list[_Histogram], num_generated: int) -> float:
-    """Mean whole length beyond what was generated, by the first histogram that has seen enough."""
-    for histogram in histograms:
-        if histogram.num_seen >= MIN_LEARNT:
-            mean = histogram.mean_beyond(num_generated)
-            return float(num_generated + BUCKET_TOKENS) if mean is None else mean
-    return float(max(ASSUMED_NEW_TOKENS, num_generated + BUCKET_TOKENS))
+def _beyond(histogram: _Histogram, num_generated: int) -> float:
+    """Mean whole length beyond what was generated."""
+    if histogram.num_seen < MIN_LEARNT:
+        return float(max(ASSUMED_NEW_TOKENS, num_generated + BUCKET_TOKENS))
+    mean = histogram.mean_beyond(num_generated)
+    return float(num_generated + BUCKET_TOKENS) if mean is None else mean

@@ -431,13 +431,17 @@ def _decision(policy: str, rule: str, chosen: Worker, arrival: Arrival, order: O
 
 
 def _scores(chosen: Worker, match: Match, order: Order) -> tuple[Score, ...]:
-    """The chosen one first, then the first in order, then those that hold most of the prompt, then the next in order."""
+    """The chosen one first, then the first in order, those that hold most of the prompt, and the next in order."""
     holders = order.within(match.holders, MAX_SCORES) if match.longest else ()
     shown = {chosen.bit: chosen}
     for worker in chain((order.first(),), holders, order):
         shown[worker.bit] = worker
         if len(shown) == MAX_SCORES:
             break
+    depths = match.depths(shown)
     return tuple(
-        [Score(worker.name, worker.load, worker.waiting_tokens, match.depth(bit)) for bit, worker in shown.items()]
+        [
+            Score(worker.name, worker.load, worker.waiting_tokens, depth)
+            for worker, depth in zip(shown.values(), depths, strict=True)
+        ]
     )
