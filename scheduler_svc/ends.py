@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Final, NamedTuple
 
 # A part of twice as many ends is split.
-PART_SIZE: Final = 64
+PART_SIZE: Final = 32
 
 End = tuple[float, int]  # monotonic seconds, and the tokens of the request
 
@@ -80,7 +80,7 @@ class Ends:
         later = self._parts[place][bisect_right(self._parts[place], border) :]
         return Left(
             len(later) + sum(self._counts[place + 1 :]),
-            sum(num_tokens for _, num_tokens in later) + sum(self._tokens[place + 1 :]),
+            sum([num_tokens for _, num_tokens in later]) + sum(self._tokens[place + 1 :]),
         )
 
     def _insert(self, place: int, part: list[End]) -> None:

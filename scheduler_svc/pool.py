@@ -203,7 +203,8 @@ class Order:
         return [worker for _, worker in first[:most]]
 
     def _is_sparse(self, bits: int) -> bool:
-        return bits.bit_count() <= max(MAX_SPARSE_BITS, SPARSE_SHARE * len(self._workers))
+        count = bits.bit_count()
+        return count <= MAX_SPARSE_BITS or count <= SPARSE_SHARE * len(self._workers)
 
     def _dense(self, bits: int) -> Iterator[Worker]:
         # Looking into a string is faster than shifting a mask of a thousand bits.

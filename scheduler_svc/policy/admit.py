@@ -125,7 +125,7 @@ class EarlyReject:
     def __init__(self, cost: CostModel, objectives: Mapping[str, Objectives], also: AdmitPolicy) -> None:
         """`also`: bounds what waits in any case."""
         # Of what runs nobody need know where nothing is promised.
-        self.uses_load = any(promised != Objectives() for promised in objectives.values())
+        self.uses_load = any(promised != NOTHING_PROMISED for promised in objectives.values())
         self._cost = cost
         self._objectives = objectives
         self._also = also
@@ -134,7 +134,7 @@ class EarlyReject:
         if (error := self._also.decide(request, backlog, load)) is not None:
             return error
         objectives = objectives_of(request, self._objectives)
-        if objectives == Objectives():
+        if objectives == NOTHING_PROMISED:
             return None
         view = load()
         ttft_s = CAUTION * (self._queue_s(view) + self._cost.prefill_s(request.num_tokens))
