@@ -224,7 +224,7 @@ def sentence(decision: Decision) -> str:
     if chosen is not None:
         held = _cached(decision)
         facts[0] += f": {held}" if held else ""
-        others = f", {min(score.load for score in decision.scores)} on the least loaded of {decision.num_candidates}"
+        others = f", {decision.least_load} on the least loaded of {decision.num_candidates}"
         facts.append(
             f"{_count(chosen.load, 'sequence')} there"
             + (others if decision.num_candidates > 1 else ", the only worker with room")

@@ -11,8 +11,6 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from heapq import nsmallest
-from itertools import islice
 from typing import Any, Final
 
 from scheduler_svc.workers import Worker
@@ -192,15 +190,15 @@ class Order:
         near = (worker for worker in self._workers[:MAX_SPARSE_BITS] if bits >> worker.bit & 1)
         return next(near, None) or next(self._dense(bits))
 
-    def within(self, mask: int, most: int | None = None) -> Iterable[Worker]:
-        """Those whose bits are set, or the first so many of them."""
+    def any_of(self, mask: int) -> Worker:
+        """Whichever is found first of those whose bits are set; there must be one."""
         bits = mask & self.mask
-        if not self._is_sparse(bits):
-            return islice(self._dense(bits), most)
-        found = self._sparse(bits)
-        # Few are sorted faster than the least of them are found.
-        first = sorted(found) if most is None or len(found) <= MAX_SPARSE_BITS else nsmallest(most, found)
-        return [worker for _, worker in first[:most]]
+        return self._by_bit[(bits & -bits).bit_length() - 1][1]
+
+    def within(self, mask: int) -> Iterable[Worker]:
+        """Those whose bits are set."""
+        bits = mask & self.mask
+        return (worker for _, worker in sorted(self._sparse(bits))) if self._is_sparse(bits) else self._dense(bits)
 
     def _is_sparse(self, bits: int) -> bool:
         count = bits.bit_count()

@@ -108,10 +108,10 @@ class ClusterState:
         if status.state == "dead":
             return actions
         worker = known or self._add_worker(status, now)
-        for flight in list(worker.in_flight.values()):
+        arrived, lost = worker.apply(status, self._scheduler, now)
+        self.num_lost += len(lost)
+        for flight in (*arrived, *lost):
             del self._in_flight[flight.key]
-        self.num_lost += len(worker.apply(status, self._scheduler, now))
-        self._in_flight |= dict.fromkeys(worker.in_flight, worker.name)
         self._refresh(worker)
         self._held.on_status(status, now)
         policies = self._policies_of(status.model)

@@ -71,16 +71,19 @@ class Worker:
         """Sequences held or on their way, of those that it runs at once."""
         return self.rank[0]
 
-    def apply(self, status: WorkerStatus, scheduler: str, now: float) -> list[InFlight]:
-        """Take in a newer status of the same life; returns what it shows to be lost. Mutates self.
+    def apply(self, status: WorkerStatus, scheduler: str, now: float) -> tuple[list[InFlight], list[InFlight]]:
+        """Take in a newer status of the same life; returns what it shows to have arrived, and to be lost. Mutates self.
 
         Assignments are accepted in the order in which they were sent, so the oldest on the way are those accepted.
         """
         accepted = status.accepted.get(scheduler, 0) - self.status.accepted.get(scheduler, 0)
-        for flight in list(self.in_flight.values()):
+        arrived: list[InFlight] = []
+        for flight in self.in_flight.values():
             if accepted < flight.num_choices:
                 break
             accepted -= flight.num_choices
+            arrived.append(flight)
+        for flight in arrived:
             self.take_back(flight.key)
         lost = [flight for flight in self.in_flight.values() if now - flight.sent_at > LOST_AFTER_S]
         for flight in lost:
@@ -88,7 +91,7 @@ class Worker:
         self.status = status
         self.seen_at = now
         self.is_full = False
-        return lost
+        return arrived, lost
 
     def send(self, flight: InFlight, number: int) -> None:
         """Book a dispatch; `number` counts dispatches. Mutates self."""

@@ -278,12 +278,13 @@ class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which worker, by which rule of the policy, and the best few of the candidates at that moment, it first."""
+    """Which worker, by which rule of the policy, and how some of the candidates looked at that moment, it first."""
 
     worker: Id
     policy: Name
     rule: Name
     num_candidates: U32
+    least_load: U32  # of a candidate, in sequences
     num_prompt_blocks: U32
     scores: Annotated[tuple[Score, ...], Meta(max_length=limits.MAX_SCORES)]
     expected_ttft_s: Seconds | None = None

@@ -7,9 +7,9 @@ at every worker: the pool keeps them in order, and workers that hold equally muc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from typing import Final, Protocol
 
 import msgspec
@@ -66,7 +66,7 @@ class LeastLoaded:
     uses_prefix = False
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
-        return _decision(self.name, "least load", pool.least(), arrival, pool.by_rank)
+        return _decision(self.name, "least load", (pool.least(),), arrival, pool, pool.by_rank)
 
 
 class RoundRobin:
@@ -79,7 +79,7 @@ class RoundRobin:
     uses_prefix = False
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
-        return _decision(self.name, "longest unused", pool.by_use.first(), arrival, pool.by_use)
+        return _decision(self.name, "longest unused", (pool.by_use.first(),), arrival, pool, pool.by_use)
 
 
 class Random:
@@ -93,7 +93,7 @@ class Random:
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
         chosen = pool.by_rank[self._chance.randrange(len(pool))]
-        return _decision(self.name, "by chance", chosen, arrival, pool.by_rank)
+        return _decision(self.name, "by chance", (chosen,), arrival, pool, pool.by_rank)
 
 
 class PowerOfTwo:
@@ -111,8 +111,9 @@ class PowerOfTwo:
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
         # The pool is in the order of load, so the lower place is the lesser load.
-        place = min(self._chance.sample(range(len(pool)), min(2, len(pool))))
-        return _decision(self.name, "better of two", pool.by_rank[place], arrival, pool.by_rank)
+        places = sorted(self._chance.sample(range(len(pool)), min(2, len(pool))))
+        both = [pool.by_rank[place] for place in places]
+        return _decision(self.name, "better of two", both, arrival, pool, pool.by_rank)
 
 
 class PrefixAware:
@@ -145,7 +146,7 @@ class PrefixAware:
             chosen, rule = pool.least(), "unbalanced"
         else:
             chosen, rule = pool.by_rank.first(match.holders), "longest match"
-        return _decision(self.name, rule, chosen, arrival, pool.by_rank)
+        return _decision(self.name, rule, (chosen,), arrival, pool, pool.by_rank)
 
 
 class LeastPrefill:
@@ -177,13 +178,14 @@ class LeastPrefill:
         self._block_size = block_size
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
-        chosen, rule, match = pool.by_queue.first(), "shortest queue", arrival.match
+        order, match = pool.by_queue, arrival.match
+        best, rule = [order.first()], "shortest queue"
         if self._is_worth_it(arrival, pool):
-            holder = pool.by_queue.first(match.holders)
-            num_saved = (match.longest - match.depth(chosen.bit)) * self._block_size
-            if holder.waiting_tokens <= chosen.waiting_tokens + num_saved:
-                chosen, rule = holder, "longest match"
-        return _decision(self.name, rule, chosen, arrival, pool.by_queue)
+            best.append(order.first(match.holders))
+            num_saved = (match.longest - match.depth(best[0].bit)) * self._block_size
+            if best[1].waiting_tokens <= best[0].waiting_tokens + num_saved:
+                best, rule = best[::-1], "longest match"
+        return _decision(self.name, rule, best, arrival, pool, order)
 
     def _is_worth_it(self, arrival: Arrival, pool: Pool) -> bool:
         """Whether what is cached may decide."""
@@ -223,14 +225,15 @@ class MinTtft:
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
         if arrival.is_decode:
             if decode := pool.of_role("decode"):
-                return _decision(self.name, "decode: least load", decode.least(), arrival, decode.by_rank)
+                inside, best = _within(arrival, decode), decode.least()
+                return _decision(self.name, "decode: least load", (best,), inside, decode, decode.by_rank)
         elif prefill := pool.of_role("prefill"):
-            inside = replace(arrival, match=arrival.match.within(prefill.mask))
-            return replace(self._soonest(inside, prefill), stop_after=1)
+            return replace(self._soonest(_within(arrival, prefill), prefill), stop_after=1)
         return self._soonest(arrival, pool)
 
     def _soonest(self, arrival: Arrival, pool: Pool) -> Decision:
         best: tuple[float, Worker, str] | None = None
+        seen: list[Worker] = []
         shortest_s = self._cost.prefill_s(pool.by_queue.first().waiting_tokens)
         for depth, mask in arrival.match.groups(pool.mask):
             own_s, rule = self._first_token_s(arrival, depth)
@@ -238,12 +241,14 @@ class MinTtft:
             if best is not None and own_s + shortest_s >= best[0]:
                 continue
             worker = pool.by_queue.first(mask)
+            seen.append(worker)
             seconds = own_s + self._cost.prefill_s(worker.waiting_tokens)
             if best is None or seconds < best[0]:
                 best = seconds, worker, rule
         assert best is not None
         seconds, worker, rule = best
-        return replace(_decision(self.name, rule, worker, arrival, pool.by_queue), expected_ttft_s=seconds)
+        found = _decision(self.name, rule, [worker, *seen], arrival, pool, pool.by_queue)
+        return replace(found, expected_ttft_s=seconds)
 
     def _first_token_s(self, arrival: Arrival, depth: int) -> tuple[float, str]:
         longest, block_s = arrival.match.longest, self._transfer.block_s
@@ -284,18 +289,20 @@ class PrebleE2:
         # The least work, and of several without any the least load.
         by_work = pool.by_own(self._by_work)
         depth, idlest = arrival.match.longest, by_work.first()
-        chosen, rule = idlest, "explore"
+        chosen, rule, seen = idlest, "explore", [idlest]
         if depth and 2 * depth * BLOCK_SIZE >= arrival.num_tokens:
             holder = pool.by_rank.first(arrival.match.holders)
+            seen.append(holder)
             if self._work(holder) <= self._imbalance * self._work(idlest) or holder.load <= idlest.load:
                 chosen, rule = holder, "exploit"
         if rule == "explore":
-            chosen = min([idlest, *self._nearest(arrival, pool)], key=lambda worker: self._cost_of(arrival, worker))
+            seen += self._nearest(arrival, pool)
+            chosen = min(seen, key=lambda worker: self._cost_of(arrival, worker))
         work = self._prefill_s(arrival, chosen) + arrival.remaining * self._cost.decode_s(1, arrival.num_tokens)
         self._given.append((arrival.now, chosen.name, work))
         self._add_work(chosen.name, work)
         by_work.put(chosen)
-        return _decision(self.name, rule, chosen, arrival, by_work)
+        return _decision(self.name, rule, [chosen, *seen], arrival, pool, by_work)
 
     def _nearest(self, arrival: Arrival, pool: Pool) -> Iterator[Worker]:
         """Some that hold most of the prompt: the least loaded ones of the two longest matches."""
@@ -359,7 +366,7 @@ class PdHeatmap:
     def __init__(self, heatmap: Heatmap, *, override: float = 1.5) -> None:
         self._heatmap = heatmap
         self._override = override
-        self._within = PrefixAware()
+        self._by_prefix = PrefixAware()
 
     def decide(self, arrival: Arrival, pool: Pool) -> Decision:
         prefill, decode, both = (pool.of_role(role) for role in ("prefill", "decode", "both"))
@@ -378,8 +385,7 @@ class PdHeatmap:
         return bool(together) and together > self._override * apart
 
     def _place(self, arrival: Arrival, pool: Pool, role: str, stop_after: int | None) -> Decision:
-        inside = replace(arrival, match=arrival.match.within(pool.mask))
-        found = self._within.decide(inside, pool)
+        found = self._by_prefix.decide(_within(arrival, pool), pool)
         return replace(found, policy=self.name, rule=f"{role}: {found.rule}", stop_after=stop_after)
 
 
@@ -413,31 +419,39 @@ ROUTES: Final[dict[str, Callable[[RouteContext], RoutePolicy]]] = {
 }
 
 
+def _within(arrival: Arrival, pool: Pool) -> Arrival:
+    """The same where only some of the workers are candidates."""
+    return replace(arrival, match=arrival.match.within(pool.mask))
+
+
 def _is_unbalanced(pool: Pool, balance_abs: int, balance_rel: float) -> bool:
     least, most = pool.loads()
     return most - least > balance_abs and most > balance_rel * least
 
 
-def _decision(policy: str, rule: str, chosen: Worker, arrival: Arrival, order: Order) -> Decision:
-    """`order`: of the candidates, by which the policy chose."""
+def _decision(policy: str, rule: str, best: Sequence[Worker], arrival: Arrival, pool: Pool, order: Order) -> Decision:
+    """For the first of those that the policy looked at. `order`: of the candidates, by which it looks at them."""
     return Decision(
-        worker=chosen.name,
+        worker=best[0].name,
         policy=policy,
         rule=rule,
-        num_candidates=len(order),
+        num_candidates=len(pool),
+        least_load=pool.loads()[0],
         num_prompt_blocks=arrival.num_blocks,
-        scores=_scores(chosen, arrival.match, order),
+        scores=_scores(best, arrival.match, order),
     )
 
 
-def _scores(chosen: Worker, match: Match, order: Order) -> tuple[Score, ...]:
-    """The chosen one first, then the first in order, those that hold most of the prompt, and the next in order."""
-    holders = order.within(match.holders, MAX_SCORES) if match.longest else ()
-    shown = {chosen.bit: chosen}
-    for worker in chain((order.first(),), holders, order):
-        shown[worker.bit] = worker
-        if len(shown) == MAX_SCORES:
+def _scores(best: Sequence[Worker], match: Match, order: Order) -> tuple[Score, ...]:
+    """Those that were looked at, then one that holds most of the prompt, then the first in order."""
+    shown = {worker.bit: worker for worker in best[:MAX_SCORES]}
+    if match.longest and not match.holders >> best[0].bit & 1:
+        holder = order.any_of(match.holders)
+        shown.setdefault(holder.bit, holder)
+    for worker in order:
+        if len(shown) >= MAX_SCORES:
             break
+        shown[worker.bit] = worker
     depths = match.depths(shown)
     return tuple(
         [

@@ -47,6 +47,7 @@ DECISION = m.Decision(
     policy="prefix_aware",
     rule="longest match",
     num_candidates=4,
+    least_load=1,
     num_prompt_blocks=14,
     scores=(m.Score("w2", 3, 100, 12), m.Score("w1", 1, 0, 0)),
     expected_ttft_s=0.25,

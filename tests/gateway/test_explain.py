@@ -16,7 +16,7 @@ STAMPS = {"gateway": 100.0, "tokenizer": 100.001, "scheduler": 100.002, "started
 
 def make_decision(worker: str = "w2", held: int = 12, load: int = 3, **changes: object) -> m.Decision:
     scores = (m.Score(worker, load, 0, held), m.Score("w9", 1, 0, 0))
-    known = {"num_candidates": 4, "num_prompt_blocks": 14, "scores": scores, "rule": "longest match"}
+    known = {"num_candidates": 4, "least_load": 1, "num_prompt_blocks": 14, "scores": scores, "rule": "longest match"}
     return m.Decision(**{"worker": worker, "policy": "prefix_aware", **known, **changes})  # type: ignore[arg-type]
 
 

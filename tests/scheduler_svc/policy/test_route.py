@@ -237,6 +237,9 @@ def test_decision_is_for_a_candidate_and_lists_it_first(
     if name not in ("pd_heatmap", "min_ttft"):
         assert decision.num_candidates == len(workers)
         assert len(decision.scores) == min(MAX_SCORES, len(workers))
+        assert decision.least_load == min(worker.load for worker in workers)
+        # Whoever holds most of the prompt can be compared with.
+        assert max(score.matched_blocks for score in decision.scores) == max(depth for _, depth in shape)
     assert len({score.worker for score in decision.scores}) == len(decision.scores)
     for score in decision.scores:
         assert score.matched_blocks == shape[by_name[score.worker]][1]
