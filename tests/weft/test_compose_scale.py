@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -78,10 +78,14 @@ class Docker:
 
 
 @pytest.fixture
-def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Docker:
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Docker]:
     found = Docker(tmp_path, IDS)
     monkeypatch.setenv("PATH", found.path)
-    return found
+    yield found
+    # A test that fails leaves no command that waits for ever.
+    for pipe in (path for path in tmp_path.iterdir() if path.is_fifo()):
+        with open(os.open(pipe, os.O_RDWR), "w") as end:
+            end.write("\n")
 
 
 def test_more_workers_are_asked_of_compose_as_a_whole_number_of_them() -> None:
