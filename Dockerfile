@@ -25,6 +25,9 @@ WORKDIR /home/weft
 FROM base AS worker
 # As `weft up` has it (weft/up.py says why).
 ENV GOMP_SPINCOUNT=3000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+# Compiled kernels, which a volume keeps for the next container.
+ENV NUMBA_CACHE_DIR=/var/cache/weft TRITON_CACHE_DIR=/var/cache/weft/triton
+RUN install -d -o weft -g weft /var/cache/weft
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG TORCH=torch==2.13.0

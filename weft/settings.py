@@ -452,9 +452,15 @@ class PolicySettings:
 class ComposeScaleSettings:
     """Start and end the worker containers of a docker compose project as its schedulers advise."""
 
-    mesh: MeshSettings
     service: str = setting("worker", "Service of the compose file whose containers are workers; another for GPUs.")
     scaled_model: str = setting("", "Model whose workers they are, where a mesh has several; any if empty.")
+
+
+@dataclass(frozen=True, slots=True)
+class AdviceSettings:
+    """Write down what the schedulers advise, a line of JSON each, until the input ends."""
+
+    mesh: MeshSettings
 
 
 # Every settings class: a `WEFT_*` variable that none of them knows is a mistake.
@@ -470,6 +476,7 @@ ALL_SETTINGS: tuple[type, ...] = (
     OperatorSettings,
     PolicySettings,
     ComposeScaleSettings,
+    AdviceSettings,
 )
 
 

@@ -146,6 +146,15 @@ def test_compose_publishes_the_gateway_only_and_checks_everybody() -> None:
         assert service["init"] and service["restart"] and service["stop_grace_period"] and service["healthcheck"]
 
 
+def test_compose_keeps_compiled_kernels_where_workers_look_for_them() -> None:
+    folders = re.findall(r"_CACHE_DIR=(\S+)", (ROOT / "Dockerfile").read_text())
+    workers = [service for name, service in COMPOSE["services"].items() if name.split("-")[0] == "worker"]
+    assert folders and workers
+    for service in workers:
+        (kept,) = (volume.split(":")[1] for volume in service["volumes"] if volume.startswith("kernels:"))
+        assert all(f"{folder}/".startswith(f"{kept}/") for folder in folders)
+
+
 def test_embedded_file_quotes_whatever_a_password_holds() -> None:
     text = nats_config.for_embedded(PASSWORDS, port=1, ports_folder="/a folder")
     assert f"password: {json.dumps(PASSWORDS['worker'])}" in text
