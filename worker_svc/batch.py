@@ -69,13 +69,14 @@ class StepPlan(msgspec.Struct, frozen=True):
         """What there is to do, before any of it is counted as computed."""
         num_new, num_seen, num_sequences, num_context, num_chunks = 0, 0.0, 0, 0, 0
         for sequence, count in self.num_scheduled_tokens.items():
-            if count == 1 and sequence.num_uncomputed_tokens == 1:
+            num_computed = sequence.num_computed_tokens
+            if count == 1 and len(sequence.token_ids) - num_computed == 1:
                 num_sequences += 1
-                num_context += sequence.num_computed_tokens + 1
+                num_context += num_computed + 1
             else:
                 num_chunks += 1
                 num_new += count
-                num_seen += count * (sequence.num_computed_tokens + 0.5 * count)
+                num_seen += count * (num_computed + 0.5 * count)
         return Work(num_new, num_seen, num_sequences, num_context, num_chunks)
 
 
@@ -153,10 +154,17 @@ def commit_blocks(sequence: Sequence, pool: BlockPool) -> list[BlockHash]:
 def _continue_running(draft: _Draft) -> None:
     """Decodes first, then those that lack more than one token."""
     # Those that end with the token they wait for need no further one.
-    going_on = [sequence for sequence in draft.running if not sequence.is_complete]
+    going_on = [sequence for sequence in draft.running if len(sequence.token_ids) < sequence.end_length]
     decodes = [sequence for sequence in going_on if len(sequence.token_ids) - sequence.num_computed_tokens == 1]
+    size, scheduled = draft.pool.block_size, draft.scheduled
     for sequence in decodes:
-        _continue(draft, sequence)
+        has_room = len(sequence.block_table) * size > sequence.num_computed_tokens
+        if has_room and sequence.state is State.RUNNING and (draft.token_budget > 0 or draft.is_whole):
+            # Nearly always, and for each token: what `_continue` comes to where no block is needed.
+            scheduled[sequence] = 1
+            draft.token_budget -= 1
+        else:
+            _continue(draft, sequence)
     if len(decodes) < len(going_on):
         for sequence in [sequence for sequence in going_on if sequence not in draft.scheduled]:
             _continue(draft, sequence)

@@ -36,6 +36,8 @@ SCHEDULER: Final = "s0"
 STEP_WEIGHT: Final = 0.1
 # How much the last transfer weighs in the rate that a worker knows, as in a worker.
 LOAD_WEIGHT: Final = 0.3
+# Steps that are planned as one at most.
+MAX_ALIKE: Final = 1 << 20
 
 
 @dataclass(slots=True)
@@ -228,21 +230,24 @@ class SimWorker:
         self.run = None
         count, first_at = run.num_steps, run.end_of(1)
         outcome = Outcome(first_at)
-        gap_s = (now - first_at) / (count - 1) if count > 1 else 0.0
+        gap_s, zeros = (now - first_at) / (count - 1) if count > 1 else 0.0, bytes(count)
         seconds = run.end_of(count) - run.began
         self.busy_s += seconds
         self.num_steps += count
-        for sequence, num_tokens in run.plan.num_scheduled_tokens.items():
+        size = self.pool.block_size
+        for sequence, num_new in run.plan.num_scheduled_tokens.items():
             record, before = self._records[sequence], sequence.num_computed_tokens
             # Of a decode the number is one.
-            sequence.num_computed_tokens += num_tokens * count
+            num_computed = sequence.num_computed_tokens = before + num_new * count
             if sequence in run.prefill:
-                record.prefilled_s += self.cost.prefill_s(sequence.num_computed_tokens, before)
+                record.prefilled_s += self.cost.prefill_s(num_computed, before)
                 self._hold(sequence)
-            self._extend_hashes(sequence)
-            if sequence.num_committed_blocks < len(sequence.hashes):
+            num_tokens = len(sequence.token_ids)
+            if num_tokens // size > len(sequence.hashes):
+                self._extend_hashes(sequence)
+            if num_computed // size > sequence.num_committed_blocks:
                 commit_blocks(sequence, self.pool)
-            if sequence.num_computed_tokens < len(sequence.token_ids):
+            if num_computed < num_tokens:
                 continue
             if record.first_token_at is None:
                 outcome.first_tokens.append(record)
@@ -251,8 +256,8 @@ class SimWorker:
             if count > 1:
                 record.gaps.append((gap_s, count - 1))
             record.last_token_at = now
-            sequence.token_ids.extend(bytes(count))
-            if sequence.is_complete:
+            sequence.token_ids.extend(zeros)
+            if num_tokens + count >= sequence.end_length:
                 self._end(sequence)
                 if sequence.end_finish == FINISH_YIELD:
                     outcome.yielded.append(sequence)
@@ -278,19 +283,21 @@ class SimWorker:
         sequences = plan.num_scheduled_tokens
         if plan.preempted or len(sequences) < len(self.running) or len(prefill) > 1:
             return 1
-        size, most = self.pool.block_size, []
+        size, most = self.pool.block_size, MAX_ALIKE
         for sequence, count in prefill.items():
             if sum(sequences.values()) < self._limits.max_num_batched_tokens:
                 return 1
             # The last piece of a prompt leaves something of the budget to others, and ends in a token.
-            most.append((sequence.num_uncomputed_tokens - 1) // count)
-            room = (len(sequence.block_table) + self.pool.num_free_blocks) * size
-            most.append((room - sequence.num_computed_tokens) // count)
+            room = (len(sequence.block_table) + self.pool.num_free_blocks) * size - sequence.num_computed_tokens
+            most = min((sequence.num_uncomputed_tokens - 1) // count, room // count)
         for sequence in sequences:
             if sequence not in prefill:
-                most.append(sequence.end_length - len(sequence.token_ids))
-                most.append(len(sequence.block_table) * size - sequence.num_computed_tokens)
-        return max(1, min(most))
+                most = min(
+                    most,
+                    sequence.end_length - len(sequence.token_ids),
+                    len(sequence.block_table) * size - sequence.num_computed_tokens,
+                )
+        return max(1, most)
 
     def _end(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
