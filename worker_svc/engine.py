@@ -54,9 +54,9 @@ from worker_svc.engine_io import (
     Started,
     StepOutput,
     TokenRow,
-    says_prefill_rate,
 )
 from worker_svc.kv_exchange import MAX_OFFLOADS_PER_STEP, KvExchange
+from worker_svc.rates import Rate, StepRates
 from worker_svc.runner import ModelRunner
 from worker_svc.sampler import Logprobs, Sampler, Samples
 from worker_svc.sequence import Request, Sequence, State, make_sequences
@@ -72,10 +72,6 @@ log = logging.getLogger(__name__)
 
 # How often an idle engine proves that its books balance.
 CHECK_INTERVAL_S: Final = 10.0
-# Weight of the past when a step's rate is counted in.
-RATE_MEMORY: Final = 0.95
-# The same, of a step's seconds.
-STEP_MEMORY: Final = 0.9
 # A prompt in many chunks is told of once in so many, since each time is a message.
 CHUNKS_TOLD: Final = 8
 
@@ -108,19 +104,6 @@ class _Flight:
     began: float
     stopwatch: Stopwatch
     is_observed: bool  # by who drafts
-
-
-@dataclass(slots=True)
-class Rate:
-    """How much of something a second, the recent past weighing most, each step by its length."""
-
-    amount: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, amount: float, seconds: float) -> float:
-        self.amount = RATE_MEMORY * self.amount + amount
-        self.seconds = RATE_MEMORY * self.seconds + seconds
-        return self.amount / self.seconds if self.seconds else 0.0
 
 
 class Engine:
@@ -181,8 +164,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
         self._out = _Outbox()
-        self._prefill_rate = Rate()
-        self._decode_rate = Rate()
+        self._rates = StepRates()
         self._busy = Rate()
         self._checked_at = -CHECK_INTERVAL_S
 
@@ -478,20 +460,20 @@ class Engine:
 
     def _rate(self, flight: _Flight, emitted: list[Emitted]) -> None:
         """Count the step in, from when the device could begin with it."""
-        load, now = self.load, self._clock()
-        num_tokens, num_emitted = sum(flight.plan.num_scheduled_tokens.values()), sum(len(e.token_ids) for e in emitted)
+        load, rates, now = self.load, self._rates, self._clock()
+        num_emitted = sum(len(e.token_ids) for e in emitted)
         seconds = now - max(flight.began, self._landed_at)
         self._landed_at = now
-        if says_prefill_rate(flight.work.num_new, load.prefill_tokens_per_s > 0):
-            load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, seconds)
-        else:
-            load.decode_tokens_per_s = self._decode_rate.add(num_emitted, seconds)
-        load.step_s = STEP_MEMORY * load.step_s + (1 - STEP_MEMORY) * seconds if load.step_s else seconds
-        self.exchange.prefill_tokens_per_s = load.prefill_tokens_per_s
-        load.device_busy_share = min(1.0, self._busy.add(flight.stopwatch.seconds(), seconds))
+        rates.add(flight.work, num_emitted, seconds)
+        self._busy.add(flight.stopwatch.seconds(), seconds)
+        load.prefill_tokens_per_s = self.exchange.prefill_tokens_per_s = rates.prefill.per_s
+        load.decode_tokens_per_s = rates.decode.per_s
+        load.step_s = rates.step_s
+        load.device_busy_share = min(1.0, self._busy.per_s)
         load.num_output_tokens += num_emitted
         if self._speculation is not None and flight.is_observed:
-            is_decode = num_tokens == len(flight.sampled) == len(emitted)
+            num_computed = sum(flight.plan.num_scheduled_tokens.values())
+            is_decode = num_computed == len(flight.sampled) == len(emitted)
             live = [sequence for sequence in flight.plan.num_scheduled_tokens if sequence.state is not State.FINISHED]
             self._speculation.observe(StepOutcome(live, emitted, is_decode, seconds))
             load.num_drafted_tokens += sum(e.num_drafts for e in emitted)
