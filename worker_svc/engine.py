@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import insort
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
@@ -55,7 +54,7 @@ from worker_svc.engine_io import (
     StepOutput,
     TokenRow,
 )
-from worker_svc.kv_exchange import MAX_OFFLOADS_PER_STEP, KvExchange
+from worker_svc.kv_exchange import make_exchange
 from worker_svc.rates import Rate, StepRates
 from worker_svc.runner import ModelRunner
 from worker_svc.sampler import Logprobs, Sampler, Samples
@@ -133,7 +132,9 @@ class Engine:
             clock: monotonic seconds.
         """
         self.pool = BlockPool(runner.num_blocks)
-        self.exchange = _make_exchange(self.pool, runner, settings)
+        self.exchange = make_exchange(
+            self.pool, settings, block_bytes=runner.block_bytes, is_cpu=runner.device.type == "cpu"
+        )
         self.load = EngineLoad() if load is None else load
         self.load.num_blocks = self.load.num_free_blocks = runner.num_blocks
         self.load.cached_hashes = self.pool.hashes if settings.prefix_cache else list
@@ -207,7 +208,8 @@ class Engine:
             case Drop():
                 self._drop(command)
             case BlocksLoaded():
-                self._take_loaded(command)
+                placed = self.exchange.place(command, self.waiting)
+                self._runner.write_blocks(placed.block_ids, placed.blocks)
             case BlocksOffloaded(num_blocks):
                 self.exchange.offloaded(num_blocks)
 
@@ -287,22 +289,6 @@ class Engine:
             return
         for sequence in [s for s in request.live if not drop.slots or s.slot in drop.slots]:
             self._end(sequence)
-
-    def _take_loaded(self, loaded: BlocksLoaded) -> None:
-        """Put blocks into the prefix cache, held by nobody, and let those that waited for them go on."""
-        blocks, sequences = self.exchange.take(loaded)
-        # What is here of the prefix already must not be evicted to make room for the rest of it.
-        held = self.pool.lookup(sequences[0].hashes) if sequences else []
-        self.pool.touch(held)
-        blocks = blocks[: self.pool.num_free_blocks]
-        block_ids = self.pool.allocate(len(blocks))
-        self._runner.write_blocks(block_ids, [block for _, block in blocks])
-        for block_id, (block_hash, _) in zip(block_ids, blocks, strict=True):
-            self.pool.commit(block_id, block_hash)
-        self.pool.free(held + block_ids)
-        for sequence in sequences:
-            sequence.state = State.WAITING
-            insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
 
     # ---- the step ----
 
@@ -572,20 +558,3 @@ class Engine:
         """What the drafter holds of a sequence that has no blocks any more."""
         if self._speculation is not None:
             self._speculation.forget(sequence)
-
-
-def _make_exchange(pool: BlockPool, runner: ModelRunner, settings: WorkerSettings) -> KvExchange:
-    """Who prefills for others has no use for its blocks but that these find them: it sends all that a step fills."""
-    is_prefill = settings.role == "prefill"
-    when, per_step = settings.kv_offload, MAX_OFFLOADS_PER_STEP
-    if when == "auto":
-        when = "idle" if runner.device.type == "cpu" and not is_prefill else "always"
-    if is_prefill:
-        per_step = max(per_step, pool.blocks_for(settings.max_num_batched_tokens) + 1)
-    return KvExchange(
-        pool,
-        kv_load=settings.kv_load,
-        kv_offload=when,
-        block_bytes=runner.block_bytes,
-        max_offloads_per_step=per_step,
-    )
