@@ -54,7 +54,10 @@ PURE = [
     ),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "scheduler_svc/policy").glob("*.py"))),
     *(f"worker_svc/{name}.py" for name in ("batch", "blocks", "checks", "engine_io", "frames", "held")),
-    *(f"worker_svc/{name}.py" for name in ("kv_exchange", "rates", "reports", "sequence", "shards", "step_input")),
+    *(
+        f"worker_svc/{name}.py"
+        for name in ("kv_exchange", "outbox", "rates", "reports", "sequence", "shards", "step_input")
+    ),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "worker_svc/speculation").glob("*.py"))),
     "cache_svc/index.py",
 ]

@@ -19,9 +19,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
@@ -48,13 +48,10 @@ from worker_svc.engine_io import (
     Command,
     Drop,
     EngineLoad,
-    LoadWanted,
-    Progress,
-    Started,
     StepOutput,
-    TokenRow,
 )
 from worker_svc.kv_exchange import make_exchange
+from worker_svc.outbox import Outbox
 from worker_svc.rates import Rate, StepRates
 from worker_svc.runner import ModelRunner
 from worker_svc.sampler import Logprobs, Sampler, Samples
@@ -73,15 +70,6 @@ log = logging.getLogger(__name__)
 CHECK_INTERVAL_S: Final = 10.0
 # A prompt in many chunks is told of once in so many, since each time is a message.
 CHUNKS_TOLD: Final = 8
-
-
-@dataclass(slots=True)
-class _Outbox:
-    rows: list[TokenRow] = field(default_factory=list)
-    started: list[Started] = field(default_factory=list)
-    load: list[LoadWanted] = field(default_factory=list)
-    progress: list[Progress] = field(default_factory=list)
-    ended: list[tuple[str, int]] = field(default_factory=list)
 
 
 class PendingSamples(Protocol):
@@ -164,7 +152,7 @@ class Engine:
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
-        self._out = _Outbox()
+        self._out = Outbox()
         self._rates = StepRates()
         self._busy = Rate()
         self._checked_at = -CHECK_INTERVAL_S
@@ -227,7 +215,7 @@ class Engine:
                 max_model_len=self._runner.max_model_len,
             )
         except WeftError as error:
-            self._refuse(request, ErrorInfo.of(error))
+            self._out.refused(request, ErrorInfo.of(error))
             return
         group = self._make_sequences(request, stop_after)
         self._requests[request.request_id] = group
@@ -253,23 +241,6 @@ class Engine:
             stop_after=stop_after,
         )
 
-    def _refuse(self, request: TokenizedRequest, error: ErrorInfo) -> None:
-        """End a request that cannot even become sequences."""
-        for choice in request.choices:
-            self._out.rows.append(
-                TokenRow(
-                    request.request_id,
-                    request.gateway,
-                    choice.slot,
-                    request.epoch,
-                    len(choice.emitted) // 4,
-                    (),
-                    FINISH_ERROR,
-                    error=error,
-                )
-            )
-        self._out.ended.append((request.request_id, request.epoch))
-
     def _enter(self, sequence: Sequence) -> None:
         if len(sequence.token_ids) >= sequence.end_length:
             self._start(sequence)
@@ -278,7 +249,7 @@ class Engine:
         if self._prefix_cache:
             is_parked, wanted = self.exchange.park(sequence)
             if wanted is not None:
-                self._out.load.append(wanted)
+                self._out.waits(wanted)
             if is_parked:
                 return
         self.waiting.append(sequence)
@@ -298,7 +269,7 @@ class Engine:
             self._offer(sequence.hashes[: sequence.num_committed_blocks])
         for sequence in plan.preempted:
             self._forget(sequence)
-            self._tell_progress(sequence, "preempted", sequence.num_known_tokens)
+            self._out.progressed(sequence, "preempted", sequence.num_known_tokens)
             sequence.num_chunks = 0
         for sequence, error in plan.rejected:
             self._fail(sequence, sequence.num_known_tokens, ErrorInfo.of(error))
@@ -360,15 +331,9 @@ class Engine:
         sequence.num_chunks += 1
         is_last = not sequence.num_uncomputed_tokens
         if sequence.num_chunks % CHUNKS_TOLD == 0 or (is_last and sequence.num_chunks > 1):
-            self._tell_progress(sequence, "prefill", sequence.num_computed_tokens)
+            self._out.progressed(sequence, "prefill", sequence.num_computed_tokens)
         if is_last:
             sequence.num_chunks = 0
-
-    def _tell_progress(self, sequence: Sequence, kind: Literal["prefill", "preempted"], num_tokens: int) -> None:
-        request, chunks = sequence.request, sequence.num_chunks
-        self._out.progress.append(
-            Progress(request.request_id, request.gateway, request.epoch, kind, chunks, num_tokens)
-        )
 
     def _land(self) -> None:
         """Take the tokens of the step in flight, if there is one."""
@@ -422,25 +387,14 @@ class Engine:
 
     def _tell(self, emitted: Emitted, logprobs: tuple[Logprobs, ...]) -> None:
         """Put out tokens, and end the sequence if these are the last."""
-        sequence, request = emitted.sequence, emitted.sequence.request
+        sequence = emitted.sequence
         if emitted.token_ids[-1] in sequence.stop_ids:
             finish = FINISH_STOP
         elif emitted.first_index + len(emitted.token_ids) >= sequence.end_length:
             finish = sequence.end_finish
         else:
             finish = FINISH_NONE
-        self._out.rows.append(
-            TokenRow(
-                request.request_id,
-                request.gateway,
-                sequence.slot,
-                request.epoch,
-                emitted.first_index - sequence.num_prompt_tokens,
-                tuple(emitted.token_ids),
-                finish,
-                logprobs,
-            )
-        )
+        self._out.emitted(emitted, logprobs, finish)
         if finish:
             self._end(sequence)
 
@@ -489,24 +443,13 @@ class Engine:
             log.error("books of the block pool do not balance", extra={"violation": violation.message})
 
     def _emit(self) -> StepOutput | None:
-        out, self._out = self._out, _Outbox()
+        out, self._out = self._out, Outbox()
         stored, removed = self.pool.take_changes()
         offloads = self.exchange.next_offloads(is_idle=not (self.running or self.waiting))
         data = self._runner.read_blocks([block_id for _, block_id in offloads]) if offloads else []
         if not self._prefix_cache:
             stored = removed = ()
-        if not (out.rows or out.started or out.load or out.progress or out.ended or stored or removed or data):
-            return None
-        return StepOutput(
-            rows=tuple(out.rows),
-            started=tuple(out.started),
-            stored=stored,
-            removed=removed,
-            offload=tuple(zip([block_hash for block_hash, _ in offloads], data, strict=True)),
-            load=tuple(out.load),
-            progress=tuple(out.progress),
-            ended=tuple(out.ended),
-        )
+        return out.output(stored, removed, tuple(zip([block_hash for block_hash, _ in offloads], data, strict=True)))
 
     # ---- beginnings and ends ----
 
@@ -520,21 +463,14 @@ class Engine:
         num_cached = min(sequence.num_cached_tokens, num_prompt)
         self.load.num_prompt_tokens += num_prompt
         self.load.num_cached_tokens += num_cached
-        self._out.started.append(
-            Started(request.request_id, request.gateway, request.epoch, num_prompt, num_cached, self._clock())
-        )
+        self._out.started(request, num_prompt, num_cached, self._clock())
 
     def _fail(self, sequence: Sequence, index: int, error: ErrorInfo) -> None:
         self._finish(sequence, index, FINISH_ERROR, error)
 
     def _finish(self, sequence: Sequence, index: int, finish: int, error: ErrorInfo | None = None) -> None:
         """End a sequence without a token; the next would have been `token_ids[index]`."""
-        request, first_index = sequence.request, index - sequence.num_prompt_tokens
-        self._out.rows.append(
-            TokenRow(
-                request.request_id, request.gateway, sequence.slot, request.epoch, first_index, (), finish, error=error
-            )
-        )
+        self._out.finished(sequence, index, finish, error)
         self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
@@ -552,7 +488,7 @@ class Engine:
         request.live.remove(sequence)
         if not request.live:
             del self._requests[request.request_id]
-            self._out.ended.append((request.request_id, request.epoch))
+            self._out.ended(request)
 
     def _forget(self, sequence: Sequence) -> None:
         """What the drafter holds of a sequence that has no blocks any more."""
