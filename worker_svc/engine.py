@@ -19,9 +19,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
-from itertools import takewhile
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -38,7 +36,7 @@ from weft.messages import (
     TokenizedRequest,
 )
 from weft.settings import WorkerSettings
-from worker_svc.batch import Limits, StepPlan, Work, commit_blocks, make_room, plan_step
+from worker_svc.batch import Limits, StepPlan, Work, commit_blocks, plan_step
 from worker_svc.blocks import BlockPool
 from worker_svc.checks import check_request
 from worker_svc.engine_io import (
@@ -50,15 +48,15 @@ from worker_svc.engine_io import (
     EngineLoad,
     StepOutput,
 )
+from worker_svc.flight import Flight, Landed
 from worker_svc.kv_exchange import make_exchange
 from worker_svc.outbox import Outbox
 from worker_svc.rates import Rate, StepRates
 from worker_svc.runner import ModelRunner
-from worker_svc.sampler import Logprobs, Sampler, Samples
+from worker_svc.sampler import Logprobs, Sampler
 from worker_svc.sequence import Request, Sequence, State, make_sequences
-from worker_svc.speculation.speculation import Emitted, Speculation, StepOutcome, standing
+from worker_svc.speculation.speculation import Emitted, Speculation, StepOutcome, draft_step
 from worker_svc.step_input import make_step_input
-from worker_svc.stopwatch import Stopwatch
 from worker_svc.stopwatch import start as start_stopwatch
 
 if TYPE_CHECKING:
@@ -70,27 +68,6 @@ log = logging.getLogger(__name__)
 CHECK_INTERVAL_S: Final = 10.0
 # A prompt in many chunks is told of once in so many, since each time is a message.
 CHUNKS_TOLD: Final = 8
-
-
-class PendingSamples(Protocol):
-    """Tokens that were sampled, and may still be on the device."""
-
-    def collect(self) -> Samples:
-        """Wait for the tokens and read them."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A step that the device has, and what its outcome means."""
-
-    plan: StepPlan
-    work: Work
-    # Each sequence that gets tokens, the index of the first in `token_ids`, and the draft of the others.
-    sampled: list[tuple[Sequence, int, Ordered[int]]]
-    sampling: PendingSamples | None  # None if nothing was sampled
-    began: float
-    stopwatch: Stopwatch
-    is_observed: bool  # by who drafts
 
 
 class Engine:
@@ -147,7 +124,7 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._overlaps = overlaps
         self._speculation = speculation
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._landed_at = 0.0
         self._clock = clock
         self._requests: dict[str, Request] = {}
@@ -276,32 +253,18 @@ class Engine:
         self.load.num_preemptions += len(plan.preempted)
 
     def _draft(self, plan: StepPlan) -> dict[Sequence, Ordered[int]] | None:
-        """Tokens to compute after the last ones of a decode step, as far as budget and blocks are left.
-
-        None: nobody drafts, or the step is left alone.
-        """
-        speculation, sequences = self._speculation, list(plan.num_scheduled_tokens)
-        if speculation is None:
+        """None: nobody drafts, or the step is left alone."""
+        if self._speculation is None:
             return None
-        if not sequences or not plan.is_decode or any(s.num_pending_tokens for s in sequences):
-            return {}
-        if speculation.rests():
-            return None
-        rooms = [
-            make_room(
-                sequence,
-                min(speculation.max_length, sequence.end_length - len(sequence.token_ids) - 1),
-                self.pool,
-                len(self.running),
-            )
-            for sequence in sequences
-        ]
-        # Decodes alone may be more than the budget where prompts are not cut.
-        num_spare = max(0, self._limits.max_num_batched_tokens - len(sequences))
-        drafts = speculation.draft(sequences, rooms, num_spare)
-        return {sequence: draft for sequence, draft in zip(sequences, drafts, strict=True) if draft}
+        return draft_step(
+            self._speculation,
+            plan,
+            self.pool,
+            num_running=len(self.running),
+            max_num_batched_tokens=self._limits.max_num_batched_tokens,
+        )
 
-    def _launch(self, plan: StepPlan, drafted: dict[Sequence, Ordered[int]] | None, began: float) -> _Flight | None:
+    def _launch(self, plan: StepPlan, drafted: dict[Sequence, Ordered[int]] | None, began: float) -> Flight | None:
         """Hand the step to the device, and count as computed what it will have computed."""
         drafts = drafted or {}
         for source, target in plan.copies:
@@ -324,7 +287,7 @@ class Engine:
             (sequence, sequence.await_token(row), draft)
             for row, (sequence, draft) in enumerate(zip(sampled, sampled_drafts, strict=True))
         ]
-        return _Flight(plan, work, awaited, sampling, began, stopwatch, is_observed=drafted is not None)
+        return Flight(plan, work, awaited, sampling, began, stopwatch, is_observed=drafted is not None)
 
     def _count_chunk(self, sequence: Sequence) -> None:
         """Tell of a prompt that takes several steps, now and then and at its end."""
@@ -341,41 +304,21 @@ class Engine:
         if flight is None:
             return
         self.landed = flight.work
-        samples = Samples([], {}, {}) if flight.sampling is None else flight.sampling.collect()
-        emitted: list[tuple[Emitted, int]] = []  # and the first row
-        row = 0
-        for sequence, index, draft in flight.sampled:
-            if sequence.state is not State.FINISHED:
-                emitted.append((self._take(sequence, index, draft, samples, row), row))
-            row += len(draft) + 1
-        self._rate(flight, [one for one, _ in emitted])
-        for one, row in emitted:
-            self._settle(one, row, samples)
+        landed = flight.land()
+        self._rate(flight, [one.emitted for one in landed])
+        for one in landed:
+            self._settle(one)
 
-    def _take(self, sequence: Sequence, index: int, draft: Ordered[int], samples: Samples, row: int) -> Emitted:
-        """Give a sequence what was sampled for it from `row` on, as far as its draft stands."""
-        rows = range(row, row + len(draft) + 1)
-        # Of logits that are not finite nothing follows. Those after drafted tokens come again if they matter.
-        known = [samples.token_ids[row] for row in takewhile(lambda row: row not in samples.errors, rows)]
-        token_ids = known[: standing(draft, known)]
-        ends = (i + 1 for i, token_id in enumerate(token_ids) if token_id in sequence.stop_ids)
-        token_ids = token_ids[: next(ends, None)]
-        sequence.num_pending_tokens -= 1
-        sequence.token_ids[index : index + 1] = token_ids
-        sequence.num_computed_tokens += max(len(token_ids) - 1, 0)
-        return Emitted(sequence, index, len(draft), token_ids)
-
-    def _settle(self, emitted: Emitted, row: int, samples: Samples) -> None:
+    def _settle(self, landed: Landed) -> None:
         """Tell of a sequence's tokens, or that there are none, and end it if that was all."""
-        sequence = emitted.sequence
-        if emitted.token_ids:
+        emitted, sequence = landed.emitted, landed.emitted.sequence
+        if landed.error is None:
             self._commit_blocks(sequence)
-            rows = range(row, row + len(emitted.token_ids))
-            self._tell(emitted, tuple(samples.logprobs[row] for row in rows if row in samples.logprobs))
+            self._tell(emitted, landed.logprobs)
         else:
             # Whatever spoiled its logits may be in its blocks, too.
             self.pool.disown(sequence.block_table)
-            self._fail(sequence, emitted.first_index, samples.errors[row])
+            self._fail(sequence, emitted.first_index, landed.error)
 
     def _commit_blocks(self, sequence: Sequence) -> None:
         self._offer(commit_blocks(sequence, self.pool))
@@ -398,7 +341,7 @@ class Engine:
         if finish:
             self._end(sequence)
 
-    def _rate(self, flight: _Flight, emitted: list[Emitted]) -> None:
+    def _rate(self, flight: Flight, emitted: list[Emitted]) -> None:
         """Count the step in, from when the device could begin with it."""
         load, rates, now = self.load, self._rates, self._clock()
         num_emitted = sum(len(e.token_ids) for e in emitted)
@@ -413,7 +356,7 @@ class Engine:
         load.num_output_tokens += num_emitted
         if self._speculation is not None and flight.is_observed:
             num_computed = sum(flight.plan.num_scheduled_tokens.values())
-            is_decode = num_computed == len(flight.sampled) == len(emitted)
+            is_decode = num_computed == len(flight.awaited) == len(emitted)
             live = [sequence for sequence in flight.plan.num_scheduled_tokens if sequence.state is not State.FINISHED]
             self._speculation.observe(StepOutcome(live, emitted, is_decode, seconds))
             load.num_drafted_tokens += sum(e.num_drafts for e in emitted)
