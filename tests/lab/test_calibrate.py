@@ -66,7 +66,7 @@ def test_the_file_it_writes_is_hardware_that_the_simulator_knows(
     assert main([*SMALL, "--out", str(path)]) == 0
 
     assert "held-out error" in capsys.readouterr().out
-    assert find(str(path)).cost.step_s(1, 1, 1, 1) > 0
+    assert step_s(find(str(path)).cost, Work(1, 1, 1, 1)) > 0
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
