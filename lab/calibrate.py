@@ -48,6 +48,31 @@ TOGETHER: Final = ((2, 32), (2, 96), (4, 16), (4, 48))
 NUM_PASSES: Final = 5
 NUM_DECODES: Final = 10
 BAR: Final = 0.10
+ABOUT: Final = """\
+Time the steps of an engine on this machine, and fit the cost formula to them.
+
+A model is loaded as a worker with the same flags would load it, alone and
+without a mesh, and steps of some fifty kinds are timed five times each: prompts
+of several lengths, with and without a cached part, batches that decode, and
+both together. It takes some 20 s for the bundled model on two CPU cores, longer
+where steps are longer; let nothing else compute meanwhile. With --steps it reads
+instead what live workers wrote down while they served.
+
+The formula's constants are printed, in seconds: of a step (overhead_s), of each
+token of a prompt (token_s) and each earlier one that it sees (attention_s), of
+each prompt or piece of one (chunk_s), of each sequence that decodes (sequence_s)
+and each token that it sees (context_s). They are fitted to every other step; the
+mean error over the rest is printed with them, and up to 10% is ok.
+
+  weft calibrate --model MODEL --out mine.json
+  weft sim --trace FILE --hardware mine.json     plays such workers
+  weft up --model MODEL --cost-file mine.json    schedules by these constants
+
+Of a live mesh, whose file has the spread of the times, too:
+
+  weft up --model MODEL --step-log FOLDER
+  weft calibrate --model MODEL --steps FOLDER/*.csv --out mine.json
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,12 +100,23 @@ class Calibration:
 
 def main(argv: Sequence[str]) -> int:
     """Calibrate, print the constants and their error, and write the file; 0 whatever the error is."""
-    parser = argparse.ArgumentParser(prog="weft calibrate", description=__doc__, add_help=False)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=Path, nargs="+", default=[])
+    parser = argparse.ArgumentParser(
+        prog="weft calibrate",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    own = parser.add_argument_group("calibration")
+    own.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the constants there, and how many tokens of KV a worker holds"
+    )
+    own.add_argument(
+        "--steps", type=Path, nargs="+", default=[], metavar="FILE", help="files of a worker's --step-log to fit"
+    )
     try:
         options, flags = parser.parse_known_args(list(argv))
-        settings = load(WorkerSettings, flags, os.environ, prog="weft calibrate [--steps FILE ...] [--out FILE]")
+        settings = load(WorkerSettings, flags, os.environ, prog="weft calibrate", command=parser)
         found = calibrate(settings, options.steps)
         if options.out is not None:
             _write(options.out, found.hardware)
@@ -91,6 +127,8 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(f"{name} {value:.4g}\n")
     held, verdict = len(found.errors), "ok" if found.mean_error <= BAR else "short"
     sys.stdout.write(f"held-out error, mean of {held} steps | {found.mean_error:.1%} | at most {BAR:.0%} | {verdict}\n")
+    if options.out is not None:
+        sys.stdout.write(f"for `weft sim --hardware {options.out}` and `weft up --cost-file {options.out}`\n")
     return 0
 
 

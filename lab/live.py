@@ -10,14 +10,11 @@ import asyncio
 import random
 import statistics
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import uvloop
 
 from lab import ring
@@ -27,6 +24,7 @@ from lab.simulator.fit import Step
 from lab.simulator.record import Record
 from lab.simulator.simulation import Fleet, Setup, simulate
 from lab.simulator.trace import Arrival, Trace
+from lab.times import Times
 from scheduler_svc.cost_model import CostModel
 from weft.hashing import BLOCK_SIZE
 from weft.presets import WEFT
@@ -46,8 +44,6 @@ ANSWER: Final = (32, 0.6, 4, 128)
 # More than any run here needs.
 KV_TOKENS: Final = 100_000
 
-Array = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -60,19 +56,11 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds to the first token, and from token to token as `weft sim` has it: of each request of a run, by number."""
-
-    ttfts_s: Array
-    tbts_s: Array  # the mean of a request's longest tenth of gaps
-
-
-@dataclass(frozen=True, slots=True)
 class Run:
     """A live run: what its clients saw, and what its worker wrote down."""
 
     probes_s: tuple[float, ...]  # to the first token of requests that came one at a time
-    times: Times
+    times: Times  # as `simulated` has them
     steps: tuple[Step, ...]
 
     def measured(self) -> Measured:
@@ -111,20 +99,22 @@ def live(model: str, trace: Trace) -> Run:
     for arrival, stream in zip(trace.arrivals, streams, strict=True):
         if stream.completion_tokens != arrival.num_output_tokens or not stream.is_done:
             raise RuntimeError(f"a stream of {arrival.num_output_tokens} tokens got {stream.completion_tokens}")
-    return Run(tuple(probe.ttft_s for probe in probes), _times(map(_record, trace.arrivals, streams)), steps)
+    times = Times.of(map(_record, trace.arrivals, streams), Record.worst_gap_s)
+    return Run(tuple(probe.ttft_s for probe in probes), times, steps)
 
 
 def _record(arrival: Arrival, stream: Stream) -> Record:
     """What a client saw, as the simulator would have it."""
     gaps = [(after - before, 1) for before, after in pairwise(stream.chunk_times)]
     return Record(
-        "", 0.0, arrival.num_prompt_tokens, arrival.num_output_tokens, first_token_at=stream.ttft_s, gaps=gaps
+        "",
+        0.0,
+        arrival.num_prompt_tokens,
+        arrival.num_output_tokens,
+        first_token_at=stream.ttft_s,
+        ended_at=stream.ttft_s + sum(gap for gap, _ in gaps),
+        gaps=gaps,
     )
-
-
-def _times(records: Iterable[Record]) -> Times:
-    found = list(records)
-    return Times(np.array([one.ttft_s for one in found]), np.array([one.worst_gap_s() for one in found]))
 
 
 async def _ask_all(port: int, model: str, trace: Trace) -> tuple[list[Stream], list[Stream]]:
@@ -146,8 +136,11 @@ async def _ask(port: int, model: str, chance: random.Random, num_prompt: int, nu
 
 
 def simulated(trace: Trace, machine: Measured) -> Times:
-    """Play the trace to one simulated worker with a worker's default settings."""
+    """Play the trace to one simulated worker with a worker's default settings.
+
+    Returns: the times, whose gaps are the mean of a request's longest tenth, as `weft sim` has it.
+    """
     limits = Limits(WEFT.max_num_seqs, WEFT.max_num_batched_tokens)
     fleet = Fleet(1, machine.cost, limits, KV_TOKENS, spread=machine.spread)
     records = simulate(trace, Setup(fleet, says_max_tokens=True, hop_s=machine.hop_s)).records
-    return _times(sorted(records, key=lambda record: record.arrived_at))
+    return Times.of(sorted(records, key=lambda record: record.arrived_at), Record.worst_gap_s)

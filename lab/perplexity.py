@@ -22,6 +22,7 @@ from weft import model_folder
 from weft.hashing import BLOCK_SIZE
 from weft.model_folder import BUNDLED, ModelFolder
 from weft.settings import ModelSettings
+from worker_svc.model_options import ModelOptions
 from worker_svc.runner import Runner, load_runner
 from worker_svc.step_input import StepInput
 
@@ -68,9 +69,8 @@ def main() -> None:
 
 def load(folder: ModelFolder, kind: Kind, device: str = "cpu", threads: int = 1) -> Runner:
     """A runner with room for one window."""
-    return load_runner(
-        folder, device=device, dtype=kind.dtype, quantize=kind.quantize, threads=threads, kv_memory=64 * 2**20
-    )
+    options = ModelOptions(device, kind.dtype, quantize=kind.quantize, threads=threads, kv_memory=64 * 2**20)
+    return load_runner(folder, options)
 
 
 def read_windows(folder: ModelFolder, text: str) -> list[list[int]]:

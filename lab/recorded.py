@@ -20,6 +20,7 @@ import numpy.typing as npt
 from lab.simulator.record import Record
 from lab.simulator.simulation import Fleet, Setup, simulate
 from lab.simulator.trace import Arrival, Trace
+from lab.times import Array, Times
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.policies import PolicyNames
 from weft.errors import SettingsError
@@ -32,8 +33,6 @@ BLOCK_SIZE: Final = 16
 FLOOR_S: Final = 0.1
 START: Final = CostModel(0.02, 5e-5, 1e-9, 5e-8, 1e-4, 1e-3)
 NUM_ROUNDS: Final = 8
-
-Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +48,6 @@ class Recording:
     def with_cost(self, cost: CostModel) -> Setup:
         fleet = Fleet(self.fleet.num_workers, cost, self.fleet.limits, self.fleet.kv_tokens)
         return Setup(fleet, PolicyNames(admit="open", route="least_loaded"), hop_s=0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Of the requests of a run, in their order."""
-
-    ttfts_s: Array
-    decodes_s: Array
-    gaps_s: Array  # mean of each request's
 
 
 def read_recordings(folder: Path) -> list[Recording]:
@@ -94,9 +84,10 @@ def _read(path: Path) -> Recording:
 
 
 def measured(recording: Recording) -> Times:
-    """What the recording says."""
+    """What the recording says; a request's gap is the mean of all."""
     decodes = np.array(recording.decodes_s)
-    return Times(np.array(recording.ttfts_s), decodes, decodes / _num_gaps(recording))
+    num_gaps = np.array([max(1, arrival.num_output_tokens - 1) for arrival in recording.trace.arrivals])
+    return Times(np.array(recording.ttfts_s), decodes, decodes / num_gaps)
 
 
 def simulated(recording: Recording, cost: CostModel) -> Times:
@@ -104,8 +95,7 @@ def simulated(recording: Recording, cost: CostModel) -> Times:
     records = simulate(recording.trace, recording.with_cost(cost)).records
     by_number: dict[int, Record] = {int(record.request_id[1:]): record for record in records}
     ordered = [by_number[number] for number in range(len(records))]
-    decodes = np.array([record.e2e_s - record.ttft_s for record in ordered])
-    return Times(np.array([record.ttft_s for record in ordered]), decodes, decodes / _num_gaps(recording))
+    return Times.of(ordered, lambda record: (record.e2e_s - record.ttft_s) / max(1, record.num_output_tokens - 1))
 
 
 def fit_recording(recording: Recording, chosen: npt.NDArray[np.bool_]) -> CostModel:
@@ -132,7 +122,3 @@ def fit_recording(recording: Recording, chosen: npt.NDArray[np.bool_]) -> CostMo
                 break
             damping *= 4
     return CostModel(*(math.exp(log) for log in logs))
-
-
-def _num_gaps(recording: Recording) -> Array:
-    return np.array([max(1, arrival.num_output_tokens - 1) for arrival in recording.trace.arrivals], dtype=np.float64)

@@ -77,6 +77,7 @@ def page_cache(repeats: int = 5) -> list[Figure]:
     """Loading the weights from files that the system has in memory, and that it must read from the disk."""
     # Torch is needed here alone.
     from worker_svc.loaded_model import load_model
+    from worker_svc.model_options import ModelOptions
 
     times: dict[str, list[float]] = {"in the page cache": [], "evicted": []}
     with tempfile.TemporaryDirectory(prefix="weft-scaling-") as place:
@@ -84,7 +85,7 @@ def page_cache(repeats: int = 5) -> list[Figure]:
         folder = model_folder.read(ModelSettings(model=str(path)))
 
         def load() -> None:
-            load_model(folder, device="cpu", dtype="auto", threads=1)
+            load_model(folder, ModelOptions(device="cpu", threads=1))
 
         load()
         for _ in range(repeats):

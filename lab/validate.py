@@ -19,8 +19,9 @@ import numpy as np
 from lab import live
 from lab.calibrate import BAR, calibrate
 from lab.peers import checkpoints
-from lab.recorded import Array, Recording, fit_recording, measured, read_recordings, simulated
+from lab.recorded import Recording, fit_recording, measured, read_recordings, simulated
 from lab.report import Benchmark, Figure, flags, measure, say
+from lab.times import Array, Times
 from weft.settings import WorkerSettings, load
 
 TRACES: Final = Path(__file__).parent.parent.parent / "shared" / "traces"
@@ -58,7 +59,7 @@ def live_mesh() -> list[Figure]:
     figures = []
     with _small_model() as model:
         for rate_rps in RATES_RPS:
-            pairs: list[tuple[live.Times, live.Times]] = []
+            pairs: list[tuple[Times, Times]] = []
             errors: list[float] = []
             for seed in range(NUM_RUNS):
                 trace = live.make_trace(seed, rate_rps, RUN_S)
@@ -69,7 +70,7 @@ def live_mesh() -> list[Figure]:
                 say(f"  {rate_rps:g}/s, run {seed}: {len(trace.arrivals)} requests, a hop {1e3 * machine.hop_s:.1f} ms")
             start = f"live mesh, {rate_rps:g} requests/s"
             figures.append(Figure(f"{start}, steps held out, mean error", 100 * fmean(errors), "%", 100 * BAR))
-            for name, field in (("time to first token", "ttfts_s"), ("time between tokens", "tbts_s")):
+            for name, field in (("time to first token", "ttfts_s"), ("time between tokens", "gaps_s")):
                 real, played = (
                     np.concatenate([getattr(side, field) for side in sides]) for sides in zip(*pairs, strict=True)
                 )

@@ -4,7 +4,8 @@ A step takes
     overhead + prefill of n tokens after c cached ones: chunk + token * n + attention * (n c + n^2 / 2)
              + decode of a batch: context * (tokens of all contexts) + sequence * (sequences)
 seconds, which is DistServe's form (Zhong et al. 2024, appendix A: prefill a + b sum n + c sum n^2, decode
-a' + b' context + c' batch) with what is cached left out of the work. The simulator, admission and routing share it.
+a' + b' context + c' batch) with what is cached left out of the work. Admission and routing ask for its parts, the
+simulator for whole steps (`lab.simulator.fit.step_s`).
 """
 
 from __future__ import annotations
@@ -31,19 +32,6 @@ class CostModel:
     def decode_s(self, num_sequences: int, num_context_tokens: float) -> float:
         """Seconds for one token of each sequence, without a step's overhead."""
         return self.sequence_s * num_sequences + self.context_s * num_context_tokens
-
-    def step_s(
-        self, num_new: int, num_seen: float, num_sequences: int, num_context_tokens: float, num_chunks: int = 0
-    ) -> float:
-        """Seconds of a step.
-
-        Args:
-            num_new, num_seen: prefilled tokens, and how many tokens they see, summed over them.
-            num_sequences, num_context_tokens: decodes, and how many tokens they see, summed over them.
-            num_chunks: prompts, or pieces of them, that the prefilled tokens belong to.
-        """
-        prefill = self.chunk_s * num_chunks + self.token_s * num_new + self.attention_s * num_seen
-        return self.overhead_s + prefill + self.decode_s(num_sequences, num_context_tokens)
 
     def follow(self, prefill_tokens_per_s: float, step_s: float) -> None:
         """Take what workers measure lately for constant, for want of a calibration. Mutates self."""

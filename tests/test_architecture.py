@@ -53,8 +53,11 @@ PURE = [
         for name in ("objective", "policies", "pool", "scaling", "state", "totals", "workers")
     ),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "scheduler_svc/policy").glob("*.py"))),
-    *(f"worker_svc/{name}.py" for name in ("batch", "blocks", "checks", "engine_io", "frames", "held")),
-    *(f"worker_svc/{name}.py" for name in ("kv_exchange", "reports", "sequence", "shards", "step_input")),
+    *(f"worker_svc/{name}.py" for name in ("batch", "blocks", "checks", "engine_io", "flight", "frames", "held")),
+    *(
+        f"worker_svc/{name}.py"
+        for name in ("kv_exchange", "outbox", "rates", "reports", "sequence", "shards", "step_input")
+    ),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "worker_svc/speculation").glob("*.py"))),
     "cache_svc/index.py",
 ]

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from typing import Final
 from weft.errors import SettingsError
 
 DEFAULT: Final = "~/.cache/weft"
+MAX_LOG_BYTES: Final = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,15 @@ class DataFolder:
 
     def log(self, name: str) -> Path:
         return self.logs / f"{name}.log"
+
+    def trim_log(self, name: str) -> None:
+        """Begin it anew if it has become too long; what it said until now is kept as `.log.1`."""
+        path = self.log(name)
+        # Who writes it goes on in the same file, at its new end: it was opened for appending.
+        with contextlib.suppress(OSError):
+            if path.stat().st_size > MAX_LOG_BYTES:
+                shutil.copyfile(path, path.with_suffix(".log.1"))
+                os.truncate(path, 0)
 
     @property
     def run_file(self) -> Path:

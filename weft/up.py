@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO, cast
 
-from weft import data_folder, model_folder, subjects, template
+from weft import data_folder, model_folder, nats_server, subjects, template
 from weft.child import ChildSpec
 from weft.data_folder import DataFolder, RunFile
 from weft.errors import SettingsError, WeftError
@@ -35,7 +35,7 @@ from weft.model_folder import ModelFolder
 from weft.presets import PRESETS
 from weft.settings import PREFIX, UpSettings, load, to_environ
 from weft.status_view import View, make_view
-from weft.supervisor import NATS, Supervisor
+from weft.supervisor import Supervisor
 from weft.telemetry import FieldFormatter
 
 FOLLOW_INTERVAL_S: Final = 0.1
@@ -341,7 +341,7 @@ async def _follow(supervisor: Supervisor, folder: DataFolder) -> None:
     """Copy what the children write to their logs to standard error. Ends by being cancelled."""
     offsets: dict[Path, int] = {}
     while True:
-        for name in (NATS, template.NAME, *supervisor.services):
+        for name in (nats_server.NAME, template.NAME, *supervisor.services):
             path = folder.log(name)
             with contextlib.suppress(OSError), path.open("rb") as source:
                 # A trimmed log begins anew.

@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import insort
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -39,7 +36,7 @@ from weft.messages import (
     TokenizedRequest,
 )
 from weft.settings import WorkerSettings
-from worker_svc.batch import Limits, StepPlan, Work, commit_blocks, make_room, plan_step
+from worker_svc.batch import Limits, StepPlan, Work, commit_blocks, plan_step
 from worker_svc.blocks import BlockPool
 from worker_svc.checks import check_request
 from worker_svc.engine_io import (
@@ -49,20 +46,17 @@ from worker_svc.engine_io import (
     Command,
     Drop,
     EngineLoad,
-    LoadWanted,
-    Progress,
-    Started,
     StepOutput,
-    TokenRow,
-    says_prefill_rate,
 )
-from worker_svc.kv_exchange import MAX_OFFLOADS_PER_STEP, KvExchange
+from worker_svc.flight import Flight, Landed
+from worker_svc.kv_exchange import make_exchange
+from worker_svc.outbox import Outbox
+from worker_svc.rates import Rate, StepRates
 from worker_svc.runner import ModelRunner
-from worker_svc.sampler import Logprobs, Sampler, Samples
+from worker_svc.sampler import Logprobs, Sampler
 from worker_svc.sequence import Request, Sequence, State, make_sequences
-from worker_svc.speculation.speculation import Emitted, Speculation, StepOutcome, standing
+from worker_svc.speculation.speculation import Emitted, Speculation, StepOutcome, draft_step
 from worker_svc.step_input import make_step_input
-from worker_svc.stopwatch import Stopwatch
 from worker_svc.stopwatch import start as start_stopwatch
 
 if TYPE_CHECKING:
@@ -72,55 +66,8 @@ log = logging.getLogger(__name__)
 
 # How often an idle engine proves that its books balance.
 CHECK_INTERVAL_S: Final = 10.0
-# Weight of the past when a step's rate is counted in.
-RATE_MEMORY: Final = 0.95
-# The same, of a step's seconds.
-STEP_MEMORY: Final = 0.9
 # A prompt in many chunks is told of once in so many, since each time is a message.
 CHUNKS_TOLD: Final = 8
-
-
-@dataclass(slots=True)
-class _Outbox:
-    rows: list[TokenRow] = field(default_factory=list)
-    started: list[Started] = field(default_factory=list)
-    load: list[LoadWanted] = field(default_factory=list)
-    progress: list[Progress] = field(default_factory=list)
-    ended: list[tuple[str, int]] = field(default_factory=list)
-
-
-class PendingSamples(Protocol):
-    """Tokens that were sampled, and may still be on the device."""
-
-    def collect(self) -> Samples:
-        """Wait for the tokens and read them."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A step that the device has, and what its outcome means."""
-
-    plan: StepPlan
-    work: Work
-    # Each sequence that gets tokens, the index of the first in `token_ids`, and the draft of the others.
-    sampled: list[tuple[Sequence, int, Ordered[int]]]
-    sampling: PendingSamples | None  # None if nothing was sampled
-    began: float
-    stopwatch: Stopwatch
-    is_observed: bool  # by who drafts
-
-
-@dataclass(slots=True)
-class Rate:
-    """How much of something a second, the recent past weighing most, each step by its length."""
-
-    amount: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, amount: float, seconds: float) -> float:
-        self.amount = RATE_MEMORY * self.amount + amount
-        self.seconds = RATE_MEMORY * self.seconds + seconds
-        return self.amount / self.seconds if self.seconds else 0.0
 
 
 class Engine:
@@ -150,7 +97,9 @@ class Engine:
             clock: monotonic seconds.
         """
         self.pool = BlockPool(runner.num_blocks)
-        self.exchange = _make_exchange(self.pool, runner, settings)
+        self.exchange = make_exchange(
+            self.pool, settings, block_bytes=runner.block_bytes, is_cpu=runner.device.type == "cpu"
+        )
         self.load = EngineLoad() if load is None else load
         self.load.num_blocks = self.load.num_free_blocks = runner.num_blocks
         self.load.cached_hashes = self.pool.hashes if settings.prefix_cache else list
@@ -175,14 +124,13 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._overlaps = overlaps
         self._speculation = speculation
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._landed_at = 0.0
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
-        self._out = _Outbox()
-        self._prefill_rate = Rate()
-        self._decode_rate = Rate()
+        self._out = Outbox()
+        self._rates = StepRates()
         self._busy = Rate()
         self._checked_at = -CHECK_INTERVAL_S
 
@@ -225,7 +173,8 @@ class Engine:
             case Drop():
                 self._drop(command)
             case BlocksLoaded():
-                self._take_loaded(command)
+                placed = self.exchange.place(command, self.waiting)
+                self._runner.write_blocks(placed.block_ids, placed.blocks)
             case BlocksOffloaded(num_blocks):
                 self.exchange.offloaded(num_blocks)
 
@@ -243,7 +192,7 @@ class Engine:
                 max_model_len=self._runner.max_model_len,
             )
         except WeftError as error:
-            self._refuse(request, ErrorInfo.of(error))
+            self._out.refused(request, ErrorInfo.of(error))
             return
         group = self._make_sequences(request, stop_after)
         self._requests[request.request_id] = group
@@ -269,23 +218,6 @@ class Engine:
             stop_after=stop_after,
         )
 
-    def _refuse(self, request: TokenizedRequest, error: ErrorInfo) -> None:
-        """End a request that cannot even become sequences."""
-        for choice in request.choices:
-            self._out.rows.append(
-                TokenRow(
-                    request.request_id,
-                    request.gateway,
-                    choice.slot,
-                    request.epoch,
-                    len(choice.emitted) // 4,
-                    (),
-                    FINISH_ERROR,
-                    error=error,
-                )
-            )
-        self._out.ended.append((request.request_id, request.epoch))
-
     def _enter(self, sequence: Sequence) -> None:
         if len(sequence.token_ids) >= sequence.end_length:
             self._start(sequence)
@@ -294,7 +226,7 @@ class Engine:
         if self._prefix_cache:
             is_parked, wanted = self.exchange.park(sequence)
             if wanted is not None:
-                self._out.load.append(wanted)
+                self._out.waits(wanted)
             if is_parked:
                 return
         self.waiting.append(sequence)
@@ -306,22 +238,6 @@ class Engine:
         for sequence in [s for s in request.live if not drop.slots or s.slot in drop.slots]:
             self._end(sequence)
 
-    def _take_loaded(self, loaded: BlocksLoaded) -> None:
-        """Put blocks into the prefix cache, held by nobody, and let those that waited for them go on."""
-        blocks, sequences = self.exchange.take(loaded)
-        # What is here of the prefix already must not be evicted to make room for the rest of it.
-        held = self.pool.lookup(sequences[0].hashes) if sequences else []
-        self.pool.touch(held)
-        blocks = blocks[: self.pool.num_free_blocks]
-        block_ids = self.pool.allocate(len(blocks))
-        self._runner.write_blocks(block_ids, [block for _, block in blocks])
-        for block_id, (block_hash, _) in zip(block_ids, blocks, strict=True):
-            self.pool.commit(block_id, block_hash)
-        self.pool.free(held + block_ids)
-        for sequence in sequences:
-            sequence.state = State.WAITING
-            insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
-
     # ---- the step ----
 
     def _announce(self, plan: StepPlan) -> None:
@@ -330,39 +246,25 @@ class Engine:
             self._offer(sequence.hashes[: sequence.num_committed_blocks])
         for sequence in plan.preempted:
             self._forget(sequence)
-            self._tell_progress(sequence, "preempted", sequence.num_known_tokens)
+            self._out.progressed(sequence, "preempted", sequence.num_known_tokens)
             sequence.num_chunks = 0
         for sequence, error in plan.rejected:
             self._fail(sequence, sequence.num_known_tokens, ErrorInfo.of(error))
         self.load.num_preemptions += len(plan.preempted)
 
     def _draft(self, plan: StepPlan) -> dict[Sequence, Ordered[int]] | None:
-        """Tokens to compute after the last ones of a decode step, as far as budget and blocks are left.
-
-        None: nobody drafts, or the step is left alone.
-        """
-        speculation, sequences = self._speculation, list(plan.num_scheduled_tokens)
-        if speculation is None:
+        """None: nobody drafts, or the step is left alone."""
+        if self._speculation is None:
             return None
-        if not sequences or not plan.is_decode or any(s.num_pending_tokens for s in sequences):
-            return {}
-        if speculation.rests():
-            return None
-        rooms = [
-            make_room(
-                sequence,
-                min(speculation.max_length, sequence.end_length - len(sequence.token_ids) - 1),
-                self.pool,
-                len(self.running),
-            )
-            for sequence in sequences
-        ]
-        # Decodes alone may be more than the budget where prompts are not cut.
-        num_spare = max(0, self._limits.max_num_batched_tokens - len(sequences))
-        drafts = speculation.draft(sequences, rooms, num_spare)
-        return {sequence: draft for sequence, draft in zip(sequences, drafts, strict=True) if draft}
+        return draft_step(
+            self._speculation,
+            plan,
+            self.pool,
+            num_running=len(self.running),
+            max_num_batched_tokens=self._limits.max_num_batched_tokens,
+        )
 
-    def _launch(self, plan: StepPlan, drafted: dict[Sequence, Ordered[int]] | None, began: float) -> _Flight | None:
+    def _launch(self, plan: StepPlan, drafted: dict[Sequence, Ordered[int]] | None, began: float) -> Flight | None:
         """Hand the step to the device, and count as computed what it will have computed."""
         drafts = drafted or {}
         for source, target in plan.copies:
@@ -385,22 +287,16 @@ class Engine:
             (sequence, sequence.await_token(row), draft)
             for row, (sequence, draft) in enumerate(zip(sampled, sampled_drafts, strict=True))
         ]
-        return _Flight(plan, work, awaited, sampling, began, stopwatch, is_observed=drafted is not None)
+        return Flight(plan, work, awaited, sampling, began, stopwatch, is_observed=drafted is not None)
 
     def _count_chunk(self, sequence: Sequence) -> None:
         """Tell of a prompt that takes several steps, now and then and at its end."""
         sequence.num_chunks += 1
         is_last = not sequence.num_uncomputed_tokens
         if sequence.num_chunks % CHUNKS_TOLD == 0 or (is_last and sequence.num_chunks > 1):
-            self._tell_progress(sequence, "prefill", sequence.num_computed_tokens)
+            self._out.progressed(sequence, "prefill", sequence.num_computed_tokens)
         if is_last:
             sequence.num_chunks = 0
-
-    def _tell_progress(self, sequence: Sequence, kind: Literal["prefill", "preempted"], num_tokens: int) -> None:
-        request, chunks = sequence.request, sequence.num_chunks
-        self._out.progress.append(
-            Progress(request.request_id, request.gateway, request.epoch, kind, chunks, num_tokens)
-        )
 
     def _land(self) -> None:
         """Take the tokens of the step in flight, if there is one."""
@@ -408,41 +304,21 @@ class Engine:
         if flight is None:
             return
         self.landed = flight.work
-        samples = Samples([], {}, {}) if flight.sampling is None else flight.sampling.collect()
-        emitted: list[tuple[Emitted, int]] = []  # and the first row
-        row = 0
-        for sequence, index, draft in flight.sampled:
-            if sequence.state is not State.FINISHED:
-                emitted.append((self._take(sequence, index, draft, samples, row), row))
-            row += len(draft) + 1
-        self._rate(flight, [one for one, _ in emitted])
-        for one, row in emitted:
-            self._settle(one, row, samples)
+        landed = flight.land()
+        self._rate(flight, [one.emitted for one in landed])
+        for one in landed:
+            self._settle(one)
 
-    def _take(self, sequence: Sequence, index: int, draft: Ordered[int], samples: Samples, row: int) -> Emitted:
-        """Give a sequence what was sampled for it from `row` on, as far as its draft stands."""
-        rows = range(row, row + len(draft) + 1)
-        # Of logits that are not finite nothing follows. Those after drafted tokens come again if they matter.
-        known = [samples.token_ids[row] for row in takewhile(lambda row: row not in samples.errors, rows)]
-        token_ids = known[: standing(draft, known)]
-        ends = (i + 1 for i, token_id in enumerate(token_ids) if token_id in sequence.stop_ids)
-        token_ids = token_ids[: next(ends, None)]
-        sequence.num_pending_tokens -= 1
-        sequence.token_ids[index : index + 1] = token_ids
-        sequence.num_computed_tokens += max(len(token_ids) - 1, 0)
-        return Emitted(sequence, index, len(draft), token_ids)
-
-    def _settle(self, emitted: Emitted, row: int, samples: Samples) -> None:
+    def _settle(self, landed: Landed) -> None:
         """Tell of a sequence's tokens, or that there are none, and end it if that was all."""
-        sequence = emitted.sequence
-        if emitted.token_ids:
+        emitted, sequence = landed.emitted, landed.emitted.sequence
+        if landed.error is None:
             self._commit_blocks(sequence)
-            rows = range(row, row + len(emitted.token_ids))
-            self._tell(emitted, tuple(samples.logprobs[row] for row in rows if row in samples.logprobs))
+            self._tell(emitted, landed.logprobs)
         else:
             # Whatever spoiled its logits may be in its blocks, too.
             self.pool.disown(sequence.block_table)
-            self._fail(sequence, emitted.first_index, samples.errors[row])
+            self._fail(sequence, emitted.first_index, landed.error)
 
     def _commit_blocks(self, sequence: Sequence) -> None:
         self._offer(commit_blocks(sequence, self.pool))
@@ -454,44 +330,33 @@ class Engine:
 
     def _tell(self, emitted: Emitted, logprobs: tuple[Logprobs, ...]) -> None:
         """Put out tokens, and end the sequence if these are the last."""
-        sequence, request = emitted.sequence, emitted.sequence.request
+        sequence = emitted.sequence
         if emitted.token_ids[-1] in sequence.stop_ids:
             finish = FINISH_STOP
         elif emitted.first_index + len(emitted.token_ids) >= sequence.end_length:
             finish = sequence.end_finish
         else:
             finish = FINISH_NONE
-        self._out.rows.append(
-            TokenRow(
-                request.request_id,
-                request.gateway,
-                sequence.slot,
-                request.epoch,
-                emitted.first_index - sequence.num_prompt_tokens,
-                tuple(emitted.token_ids),
-                finish,
-                logprobs,
-            )
-        )
+        self._out.emitted(emitted, logprobs, finish)
         if finish:
             self._end(sequence)
 
-    def _rate(self, flight: _Flight, emitted: list[Emitted]) -> None:
+    def _rate(self, flight: Flight, emitted: list[Emitted]) -> None:
         """Count the step in, from when the device could begin with it."""
-        load, now = self.load, self._clock()
-        num_tokens, num_emitted = sum(flight.plan.num_scheduled_tokens.values()), sum(len(e.token_ids) for e in emitted)
+        load, rates, now = self.load, self._rates, self._clock()
+        num_emitted = sum(len(e.token_ids) for e in emitted)
         seconds = now - max(flight.began, self._landed_at)
         self._landed_at = now
-        if says_prefill_rate(flight.work.num_new, load.prefill_tokens_per_s > 0):
-            load.prefill_tokens_per_s = self._prefill_rate.add(num_tokens, seconds)
-        else:
-            load.decode_tokens_per_s = self._decode_rate.add(num_emitted, seconds)
-        load.step_s = STEP_MEMORY * load.step_s + (1 - STEP_MEMORY) * seconds if load.step_s else seconds
-        self.exchange.prefill_tokens_per_s = load.prefill_tokens_per_s
-        load.device_busy_share = min(1.0, self._busy.add(flight.stopwatch.seconds(), seconds))
+        rates.add(flight.work, num_emitted, seconds)
+        self._busy.add(flight.stopwatch.seconds(), seconds)
+        load.prefill_tokens_per_s = self.exchange.prefill_tokens_per_s = rates.prefill.per_s
+        load.decode_tokens_per_s = rates.decode.per_s
+        load.step_s = rates.step_s
+        load.device_busy_share = min(1.0, self._busy.per_s)
         load.num_output_tokens += num_emitted
         if self._speculation is not None and flight.is_observed:
-            is_decode = num_tokens == len(flight.sampled) == len(emitted)
+            num_computed = sum(flight.plan.num_scheduled_tokens.values())
+            is_decode = num_computed == len(flight.awaited) == len(emitted)
             live = [sequence for sequence in flight.plan.num_scheduled_tokens if sequence.state is not State.FINISHED]
             self._speculation.observe(StepOutcome(live, emitted, is_decode, seconds))
             load.num_drafted_tokens += sum(e.num_drafts for e in emitted)
@@ -521,24 +386,13 @@ class Engine:
             log.error("books of the block pool do not balance", extra={"violation": violation.message})
 
     def _emit(self) -> StepOutput | None:
-        out, self._out = self._out, _Outbox()
+        out, self._out = self._out, Outbox()
         stored, removed = self.pool.take_changes()
         offloads = self.exchange.next_offloads(is_idle=not (self.running or self.waiting))
         data = self._runner.read_blocks([block_id for _, block_id in offloads]) if offloads else []
         if not self._prefix_cache:
             stored = removed = ()
-        if not (out.rows or out.started or out.load or out.progress or out.ended or stored or removed or data):
-            return None
-        return StepOutput(
-            rows=tuple(out.rows),
-            started=tuple(out.started),
-            stored=stored,
-            removed=removed,
-            offload=tuple(zip([block_hash for block_hash, _ in offloads], data, strict=True)),
-            load=tuple(out.load),
-            progress=tuple(out.progress),
-            ended=tuple(out.ended),
-        )
+        return out.output(stored, removed, tuple(zip([block_hash for block_hash, _ in offloads], data, strict=True)))
 
     # ---- beginnings and ends ----
 
@@ -552,21 +406,14 @@ class Engine:
         num_cached = min(sequence.num_cached_tokens, num_prompt)
         self.load.num_prompt_tokens += num_prompt
         self.load.num_cached_tokens += num_cached
-        self._out.started.append(
-            Started(request.request_id, request.gateway, request.epoch, num_prompt, num_cached, self._clock())
-        )
+        self._out.started(request, num_prompt, num_cached, self._clock())
 
     def _fail(self, sequence: Sequence, index: int, error: ErrorInfo) -> None:
         self._finish(sequence, index, FINISH_ERROR, error)
 
     def _finish(self, sequence: Sequence, index: int, finish: int, error: ErrorInfo | None = None) -> None:
         """End a sequence without a token; the next would have been `token_ids[index]`."""
-        request, first_index = sequence.request, index - sequence.num_prompt_tokens
-        self._out.rows.append(
-            TokenRow(
-                request.request_id, request.gateway, sequence.slot, request.epoch, first_index, (), finish, error=error
-            )
-        )
+        self._out.finished(sequence, index, finish, error)
         self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
@@ -584,26 +431,9 @@ class Engine:
         request.live.remove(sequence)
         if not request.live:
             del self._requests[request.request_id]
-            self._out.ended.append((request.request_id, request.epoch))
+            self._out.ended(request)
 
     def _forget(self, sequence: Sequence) -> None:
         """What the drafter holds of a sequence that has no blocks any more."""
         if self._speculation is not None:
             self._speculation.forget(sequence)
-
-
-def _make_exchange(pool: BlockPool, runner: ModelRunner, settings: WorkerSettings) -> KvExchange:
-    """Who prefills for others has no use for its blocks but that these find them: it sends all that a step fills."""
-    is_prefill = settings.role == "prefill"
-    when, per_step = settings.kv_offload, MAX_OFFLOADS_PER_STEP
-    if when == "auto":
-        when = "idle" if runner.device.type == "cpu" and not is_prefill else "always"
-    if is_prefill:
-        per_step = max(per_step, pool.blocks_for(settings.max_num_batched_tokens) + 1)
-    return KvExchange(
-        pool,
-        kv_load=settings.kv_load,
-        kv_offload=when,
-        block_bytes=runner.block_bytes,
-        max_offloads_per_step=per_step,
-    )

@@ -14,6 +14,7 @@ from weft.errors import SettingsError
 from weft.model_folder import BUNDLED, ModelFolder
 from weft.settings import WorkerSettings
 from worker_svc.loaded_model import LoadedModel, load_model
+from worker_svc.model_options import ModelOptions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,15 +46,7 @@ def load_models(
         SettingsError: names what in a folder or the settings does not work.
     """
     draft = load_draft(folder, settings) if settings.speculation == "draft" else None
-    target = load_model(
-        folder,
-        device=settings.device,
-        dtype=settings.dtype,
-        threads=settings.threads,
-        kernels=settings.kernels,
-        quantize=settings.quantize,
-        on_progress=on_progress,
-    )
+    target = load_model(folder, ModelOptions.of(settings), on_progress=on_progress)
     return EngineModels(folder, settings, model_folder.digest(folder), target, draft)
 
 
@@ -63,13 +56,9 @@ def load_draft(target: ModelFolder, settings: WorkerSettings) -> LoadedModel:
     Raises:
         SettingsError: there is none, or it does not go with the target.
     """
-    return load_model(
-        _find_draft_folder(target, settings),
-        device=settings.device,
-        dtype=settings.dtype,
-        threads=settings.threads,
-        kernels=settings.kernels,
-    )
+    # What `quantize` says is of the model that answers.
+    options = dataclasses.replace(ModelOptions.of(settings), quantize="none")
+    return load_model(_find_draft_folder(target, settings), options)
 
 
 def _find_draft_folder(target: ModelFolder, settings: WorkerSettings) -> ModelFolder:

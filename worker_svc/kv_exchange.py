@@ -6,12 +6,14 @@ than computing; others that lack the same block wait with it. Full blocks are of
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
 from weft.hashing import BLOCK_SIZE
 from weft.messages import BlockHash
+from weft.settings import WorkerSettings
 from worker_svc.blocks import BlockPool
 from worker_svc.engine_io import BlocksLoaded, LoadWanted
 from worker_svc.sequence import Sequence, State
@@ -36,6 +38,15 @@ class _Load:
     first: BlockHash
     wanted: frozenset[BlockHash]
     sequences: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What came of a load: where the bytes of each block are to be written, before anything is computed."""
+
+    block_ids: list[int]
+    blocks: list[bytes]
+    sequences: list[Sequence]  # that waited, and now wait for admission
 
 
 class KvExchange:
@@ -131,6 +142,25 @@ class KvExchange:
             if sequence in load.sequences:
                 load.sequences.remove(sequence)
 
+    def place(self, loaded: BlocksLoaded, waiting: list[Sequence]) -> Placed:
+        """Put blocks that came into the prefix cache, held by nobody, and let those that waited for them go on.
+
+        Mutates: the pool; `waiting`, where they come to their places by arrival; and their states.
+        """
+        blocks, sequences = self.take(loaded)
+        # What is here of the prefix already must not be evicted to make room for the rest of it.
+        held = self._pool.lookup(sequences[0].hashes) if sequences else []
+        self._pool.touch(held)
+        blocks = blocks[: self._pool.num_free_blocks]
+        block_ids = self._pool.allocate(len(blocks))
+        for block_id, (block_hash, _) in zip(block_ids, blocks, strict=True):
+            self._pool.commit(block_id, block_hash)
+        self._pool.free(held + block_ids)
+        for sequence in sequences:
+            sequence.state = State.WAITING
+            insort(waiting, sequence, key=lambda one: one.arrival)
+        return Placed(block_ids, [block for _, block in blocks], sequences)
+
     def take(self, loaded: BlocksLoaded) -> tuple[list[tuple[BlockHash, bytes]], list[Sequence]]:
         """What came of a load: the blocks that are asked for and still not here, and who waited for them.
 
@@ -184,3 +214,23 @@ class KvExchange:
         self._offered[block_hash] = None
         if len(self._offered) > MAX_OFFERED:
             self._offered.popitem(last=False)
+
+
+def make_exchange(pool: BlockPool, settings: WorkerSettings, *, block_bytes: int, is_cpu: bool) -> KvExchange:
+    """As a worker with these settings has it; `is_cpu`: it computes on one.
+
+    Who prefills for others has no use for its blocks but that these find them: it sends all that a step fills.
+    """
+    is_prefill = settings.role == "prefill"
+    when, per_step = settings.kv_offload, MAX_OFFLOADS_PER_STEP
+    if when == "auto":
+        when = "idle" if is_cpu and not is_prefill else "always"
+    if is_prefill:
+        per_step = max(per_step, pool.blocks_for(settings.max_num_batched_tokens) + 1)
+    return KvExchange(
+        pool,
+        kv_load=settings.kv_load,
+        kv_offload=when,
+        block_bytes=block_bytes,
+        max_offloads_per_step=per_step,
+    )

@@ -15,6 +15,7 @@ from worker_svc.backends.backend import Backend
 from worker_svc.backends.numba_backend import NumbaBackend
 from worker_svc.backends.torch_backend import TorchBackend
 from worker_svc.cpu_kernels.launch import IS_AVAILABLE
+from worker_svc.model_options import ModelOptions
 from worker_svc.models import read_spec
 from worker_svc.models.decoder import Decoder, asked_by
 from worker_svc.models.loader import Loader
@@ -47,36 +48,26 @@ class LoadedModel:
 
 def load_model(
     folder: ModelFolder,
+    options: ModelOptions,
     *,
-    device: str,
-    dtype: str,
-    threads: int,
-    kernels: str = "auto",
-    quantize: str = "none",
     on_progress: Callable[[float], None] = lambda share: None,
     group: Group = ALONE,
 ) -> LoadedModel:
     """Read the weights and pack them for the device.
 
     Args:
-        device: "auto", "cpu" or "cuda".
-        dtype: of weights and KV; "auto" is float32 on the CPU, else what the config says; "int8" is "auto" with
-            linears of int8.
-        threads: of the CPU, to load with; 0 leaves the mesh its share.
-        kernels: "torch", "triton" or "numba"; "auto" is Triton on a GPU, numba on a CPU in float32.
-        quantize: "int8", "int4" or "fp8", which float weights of linears become, or "none".
         on_progress: called with the share of the weights loaded so far.
         group: whose rank this is; it has a share of the model.
 
     Raises:
-        SettingsError: names what in the folder or the settings does not work.
+        SettingsError: names what in the folder or the options does not work.
     """
-    torch.set_num_threads(count_threads(threads, group))
-    where = resolve_device(device, group.rank if group.size > 1 else None)
-    dtype, quantize = resolve_quantize(dtype, quantize)
+    torch.set_num_threads(count_threads(options.threads, group))
+    where = resolve_device(options.device, group.rank if group.size > 1 else None)
+    dtype, quantize = resolve_quantize(options.dtype, options.quantize)
     kind = resolve_dtype(dtype, folder, where)
     spec = read_spec(folder)
-    backend = make_backend(kernels, where, kind)
+    backend = make_backend(options.kernels, where, kind)
     with torch.inference_mode(), open_source(folder, backend, quantize, on_progress) as source:
         asked = asked_by(spec, backend)
         source.check(asked)

@@ -20,6 +20,7 @@ from worker_svc.backends.recorded_steps import RecordedSteps
 from worker_svc.backends.torch_backend import TorchBackend
 from worker_svc.loaded_model import LoadedModel, count_threads, load_model
 from worker_svc.memory import count_blocks, free_bytes, kv_bytes, zeros
+from worker_svc.model_options import ModelOptions
 from worker_svc.parallel.group import ALONE, Group
 from worker_svc.sampler import Sampler
 from worker_svc.step_input import StepInput
@@ -77,17 +78,15 @@ class Runner:
     def __init__(
         self,
         model: LoadedModel,
+        options: ModelOptions,
         *,
-        kv_memory: int | float,
-        threads: int,
         more_block_bytes: int = 0,
         agree: Callable[[int], int] = lambda num_blocks: num_blocks,
     ) -> None:
         """Allocate the KV cache.
 
         Args:
-            kv_memory: as `memory.kv_bytes` wants it.
-            threads: of the CPU for a large step; 0 leaves the mesh its share.
+            options: of which its memory and threads matter; of those that the model was loaded with, others may differ.
             more_block_bytes: that another model needs for each block, out of the same memory.
             agree: given the blocks that this rank has room for, returns how many all ranks have.
 
@@ -98,14 +97,14 @@ class Runner:
         self.device = model.device
         self._dtype, self._backend, self._decoder = model.dtype, model.backend, model.decoder
         self._group_size = model.group.size
-        max_threads = count_threads(threads, model.group)
+        max_threads = count_threads(options.threads, model.group)
         torch.set_num_threads(max_threads)
         self._kinds = frozenset(spec.attention_kinds)
         self.vocab_size = spec.vocab_size
         self._key_bytes = cache.num_heads * cache.width * self._dtype.itemsize
         self.block_bytes = spec.num_layers * BLOCK_SIZE * self._key_bytes
         request_bytes = -(-folder.max_model_len // BLOCK_SIZE) * self.block_bytes
-        budget = kv_bytes(kv_memory, free_bytes(self.device), request_bytes, self.device, self._group_size)
+        budget = kv_bytes(options.kv_memory, free_bytes(self.device), request_bytes, self.device, self._group_size)
         self.num_blocks = agree(count_blocks(budget, self.block_bytes + more_block_bytes))
         self._longest = folder.max_model_len
         self.layout = (
@@ -230,27 +229,13 @@ class Runner:
 
 def load_runner(
     folder: ModelFolder,
+    options: ModelOptions,
     *,
-    device: str,
-    dtype: str,
-    kv_memory: int | float,
-    threads: int,
-    kernels: str = "auto",
-    quantize: str = "none",
     more_block_bytes: int = 0,
     on_progress: Callable[[float], None] = lambda share: None,
     group: Group = ALONE,
     agree: Callable[[int], int] = lambda num_blocks: num_blocks,
 ) -> Runner:
     """A runner of a model that nobody else uses. Arguments and errors are those of `load_model` and of `Runner`."""
-    model = load_model(
-        folder,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        kernels=kernels,
-        quantize=quantize,
-        on_progress=on_progress,
-        group=group,
-    )
-    return Runner(model, kv_memory=kv_memory, threads=threads, more_block_bytes=more_block_bytes, agree=agree)
+    model = load_model(folder, options, on_progress=on_progress, group=group)
+    return Runner(model, options, more_block_bytes=more_block_bytes, agree=agree)

@@ -21,6 +21,7 @@ from worker_svc.engine_io import Command, EngineLoad, StepOutput
 from worker_svc.engine_models import EngineModels, load_models
 from worker_svc.loaded_model import LoadedModel
 from worker_svc.memory import MIN_BLOCKS
+from worker_svc.model_options import ModelOptions
 from worker_svc.parallel.leader import ParallelRunner
 from worker_svc.runner import ModelRunner, Runner
 from worker_svc.speculation.prompt_lookup import PromptLookup
@@ -93,12 +94,12 @@ def _load_ranks(folder: ModelFolder, settings: WorkerSettings, load: EngineLoad)
 
 
 def _make_runner(model: LoadedModel, settings: WorkerSettings, more_block_bytes: int) -> Runner:
-    return Runner(model, kv_memory=settings.kv_memory, threads=settings.threads, more_block_bytes=more_block_bytes)
+    return Runner(model, ModelOptions.of(settings), more_block_bytes=more_block_bytes)
 
 
 def make_small_runner(model: LoadedModel, settings: WorkerSettings) -> Runner:
     """With as few blocks as there can be. How many a drafter needs is known when the target has its own."""
-    return Runner(model, kv_memory=settings.kv_memory, threads=settings.threads, agree=lambda num_blocks: MIN_BLOCKS)
+    return Runner(model, ModelOptions.of(settings), agree=lambda num_blocks: MIN_BLOCKS)
 
 
 def make_speculation(

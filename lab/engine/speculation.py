@@ -28,6 +28,7 @@ from weft.settings import MeshSettings, ModelSettings, WorkerSettings
 from worker_svc.engine import Engine
 from worker_svc.engine_io import Add
 from worker_svc.engine_models import load_draft
+from worker_svc.model_options import ModelOptions
 from worker_svc.runner import Runner, load_runner
 from worker_svc.sampler import Drafts, Sampler, Sampling
 from worker_svc.sequence import Sequence
@@ -90,7 +91,7 @@ class Bench:
 
     def __init__(self, model: ModelFolder, kinds: Ordered[str]) -> None:
         self._settings = WorkerSettings(MeshSettings(), ModelSettings(), kv_offload="never")
-        runner = load_runner(model, device="cpu", dtype="float32", kv_memory=2**28, threads=0)
+        runner = load_runner(model, ModelOptions("cpu", "float32", kv_memory=2**28))
         self._samplers = {kind: Scripted() for kind in kinds}
         self._engines = {kind: self._make_engine(kind, model, runner) for kind in kinds}
         self._model = model

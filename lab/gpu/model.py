@@ -20,6 +20,7 @@ from weft.messages import Choice, SamplingParams, TokenizedRequest
 from weft.settings import WorkerSettings, load
 from worker_svc.backends.cuda_graphs import MIN_USES, STEPS_BETWEEN
 from worker_svc.engine_io import Add
+from worker_svc.model_options import ModelOptions
 from worker_svc.runner import Runner, load_runner
 from worker_svc.step_input import StepInput
 from worker_svc.torch_engine import load_engine
@@ -99,9 +100,8 @@ def _share(name: str, floor: float, seconds: float, bar: float) -> Figure:
 
 def _runner(path: Path, **options: Any) -> Runner:
     settings = load(WorkerSettings, ["--model", str(path), "--load-format", "dummy"], {})
-    return load_runner(
-        model_folder.read(settings.model), device="cuda", dtype="bfloat16", kv_memory=2**34, threads=0, **options
-    )
+    chosen = ModelOptions(device="cuda", dtype="bfloat16", kv_memory=2**34, **options)
+    return load_runner(model_folder.read(settings.model), chosen)
 
 
 def _decode_seconds(runner: Runner, batch: int, context: int) -> float:

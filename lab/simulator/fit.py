@@ -46,7 +46,8 @@ class Step:
 
 def step_s(cost: CostModel, work: Work) -> float:
     """What the formula says of a step."""
-    return cost.step_s(work.num_new, work.num_seen, work.num_sequences, work.num_context_tokens, work.num_chunks)
+    prefill_s = cost.chunk_s * work.num_chunks + cost.token_s * work.num_new + cost.attention_s * work.num_seen
+    return cost.overhead_s + prefill_s + cost.decode_s(work.num_sequences, work.num_context_tokens)
 
 
 @dataclass(frozen=True, slots=True)

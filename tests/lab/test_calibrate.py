@@ -65,11 +65,22 @@ def test_the_file_it_writes_is_hardware_that_the_simulator_knows(
 
     assert main([*SMALL, "--out", str(path)]) == 0
 
-    assert "held-out error" in capsys.readouterr().out
-    assert find(str(path)).cost.step_s(1, 1, 1, 1) > 0
+    out = capsys.readouterr().out
+    assert "held-out error" in out and f"--hardware {path}" in out
+    assert step_s(find(str(path)).cost, Work(1, 1, 1, 1)) > 0
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--out", str(tmp_path / "none" / "file.json")]) == 2
 
     assert "file.json" in capsys.readouterr().err
+
+
+def test_help_says_what_is_timed_and_what_the_file_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "Time the steps of an engine" in out and "Run one replica" not in out
+    for flag in ("--out FILE", "--steps FILE", "--step-log FOLDER", "--hardware ", "--cost-file ", "--max-num-seqs N"):
+        assert flag in out

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from lab.live import Run, Times, live, make_trace, simulated
+from lab.live import Run, live, make_trace, simulated
 from lab.simulator.fit import Step
+from lab.simulator.record import Record
+from lab.times import Times
 from worker_svc.batch import Work
 
 
@@ -21,12 +21,13 @@ def test_a_live_run_says_what_its_simulation_needs() -> None:
     prompts = sum(arrival.num_prompt_tokens for arrival in trace.arrivals) + 64 * len(found.probes_s)
     assert sum(step.work.num_new for step in found.steps) == prompts
     assert len(machine.errors) == len(found.steps) // 2 and len(machine.spread) == 101
-    assert (played.ttfts_s > 0).all() and (found.times.ttfts_s > 0).all()
+    for times in (played, found.times):
+        assert (times.ttfts_s > 0).all() and (times.decodes_s > times.gaps_s - 1e-9).all()
 
 
 def test_a_hop_is_what_a_lone_request_waits_beside_its_own_step() -> None:
     steps = tuple(Step(Work(64, 2048, num_chunks=1) if i % 2 == 0 else Work(0, 0, 1, 65), 0.01) for i in range(40))
-    nothing = Times(np.array([]), np.array([]))
+    nothing = Times.of([], Record.worst_gap_s)
 
     found = Run((0.02, 0.02, 0.02), nothing, steps).measured()
 

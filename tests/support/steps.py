@@ -16,18 +16,27 @@ import torch
 from weft import model_folder
 from weft.hashing import BLOCK_SIZE
 from weft.settings import ModelSettings
+from worker_svc.model_options import ModelOptions
+from worker_svc.parallel.group import ALONE, Group
 from worker_svc.runner import Runner, load_runner
 from worker_svc.step_input import StepInput
 
 # Of each step: sequence index -> how many more of its tokens are computed.
 Schedule = Iterable[Mapping[int, int]]
+# One CPU thread, and a megabyte of KV.
+OPTIONS = ModelOptions(device="cpu", dtype="float32", threads=1, kv_memory=2**20)
 
 
-def make_runner(folder: Path, *, max_model_len: int = 0, **changes: Any) -> Runner:
-    """A runner on one CPU thread with a megabyte of KV."""
-    arguments: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_memory": 2**20, "threads": 1}
+def make_runner(
+    folder: Path,
+    *,
+    max_model_len: int = 0,
+    group: Group = ALONE,
+    **changes: Any,
+) -> Runner:
+    """A runner of `OPTIONS`, but for `changes`."""
     settings = ModelSettings(model=str(folder), max_model_len=max_model_len)
-    return load_runner(model_folder.read(settings), **(arguments | changes))
+    return load_runner(model_folder.read(settings), replace(OPTIONS, **changes), group=group)
 
 
 class Driver:

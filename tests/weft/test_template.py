@@ -18,7 +18,7 @@ from tests.support.wait import until
 from weft import launch
 from weft.child import ChildSpec, News
 from weft.errors import SettingsError
-from weft.template import FLAG, READY, Template
+from weft.template import FLAG, READY, Template, children_in_group
 
 STAND_IN = str(Path(__file__).parents[1] / "support" / "stand_in.py")
 ENVIRON = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
@@ -112,3 +112,36 @@ async def test_no_worker_goes_on_that_nobody_knows(tmp_path: Path) -> None:
     await template.communicate(b"{}\n")
     assert template.returncode == 1
     await until(lambda: not [pid for pid in children_of(os.getpid()) if STAND_IN in command(pid)])
+
+
+async def test_a_fork_that_a_template_died_in_leaves_no_zombie(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    reader, log = asyncio.StreamReader(), tmp_path / "template.log"
+    answers, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb")
+    )
+    pids: list[int] = []
+
+    async def start() -> Process:
+        if pids:
+            raise OSError("once is enough")
+        process = await asyncio.create_subprocess_exec(
+            *ARGV, env=ENVIRON, stdin=PIPE, stdout=write, start_new_session=True
+        )
+        os.close(write)
+        process.stdout = reader
+        pids.append(process.pid)
+        return process
+
+    news: list[News] = []
+    template = Template(start, news.append, log)
+    keeping = asyncio.create_task(template.keep())
+    await until(lambda: news)
+    # It forks, cannot tell of it, and dies of that.
+    answers.close()
+    assert await template.fork(WORKER, tmp_path / "worker.log", {}) is None
+    await until(lambda: len(news) > 1)
+    assert "died (exit status 1)" in news[1].text
+    assert not children_in_group(pids[0])
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.checkpoints import ARCHITECTURES, make_checkpoint
-from tests.support.steps import Driver
+from tests.support.steps import OPTIONS, Driver
 from weft import model_folder
 from weft.errors import SettingsError
 from weft.settings import ModelSettings
@@ -39,9 +39,7 @@ def dummy(folder: Path) -> model_folder.ModelFolder:
 
 
 def greedy(folder: Path, **settings: Any) -> torch.Tensor:
-    runner = load_runner(
-        dummy(folder), **({"device": "cpu", "dtype": "float32", "kv_memory": 2**20, "threads": 1} | settings)
-    )
+    runner = load_runner(dummy(folder), dataclasses.replace(OPTIONS, **settings))
     (logits,) = Driver(runner, [TOKENS]).play([{0: 45}])
     assert logits.isfinite().all()
     return logits.argmax(-1)

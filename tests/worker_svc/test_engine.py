@@ -16,7 +16,7 @@ from weft.hashing import block_hashes, chain_root
 from weft.messages import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, SamplingParams
 from weft.settings import WorkerSettings, load
 from worker_svc.batch import Work
-from worker_svc.engine import Engine, Rate
+from worker_svc.engine import Engine
 from worker_svc.engine_io import Add, BlocksLoaded, BlocksOffloaded, Drop, LoadWanted, Progress, StepOutput
 from worker_svc.step_log import read_steps
 from worker_svc.torch_engine import TorchEngine
@@ -644,16 +644,6 @@ def test_load_numbers_follow_the_engine() -> None:
     assert load.num_output_tokens == 32 and load.num_prompt_tokens == 80
     assert load.prefill_tokens_per_s > 0 and load.decode_tokens_per_s > 0
     assert 0 < load.device_busy_share <= 1
-
-
-def test_rate_is_weighed_by_amounts_and_forgets() -> None:
-    rate = Rate()
-    assert rate.add(100, 1.0) == 100
-    assert 100 < rate.add(1000, 1.0) < 1000
-    for _ in range(200):
-        last = rate.add(10, 1.0)
-    assert last == pytest.approx(10, rel=0.01)
-    assert Rate().add(5, 0.0) == 0
 
 
 def test_idle_engine_counts_books_that_do_not_balance() -> None:

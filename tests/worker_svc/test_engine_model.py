@@ -17,6 +17,7 @@ from weft.model_folder import ModelFolder
 from weft.settings import ModelSettings
 from worker_svc.engine import Engine
 from worker_svc.engine_io import Add, BlocksLoaded, Drop, StepOutput
+from worker_svc.model_options import ModelOptions
 from worker_svc.runner import load_runner
 from worker_svc.torch_engine import TorchEngine
 
@@ -55,10 +56,7 @@ def make_engine(folder: ModelFolder, *, num_blocks: int = 64, **changes: object)
     settings = make_settings(**changes)
     runner = load_runner(
         folder,
-        device="cpu",
-        dtype="float32",
-        kv_memory=num_blocks * BLOCK_BYTES,
-        threads=1,
+        ModelOptions(device="cpu", dtype="float32", threads=1, kv_memory=num_blocks * BLOCK_BYTES),
     )
     assert runner.num_blocks == num_blocks
     return Engine(runner, settings, digest=model_folder.digest(folder), eos_token_ids=folder.eos_token_ids)

@@ -23,6 +23,7 @@ from weft.errors import DecodeError, SettingsError, Unavailable
 from weft.model_folder import ModelFolder
 from weft.settings import ModelSettings, WorkerSettings
 from worker_svc.loaded_model import resolve_device
+from worker_svc.model_options import ModelOptions
 from worker_svc.models import read_spec
 from worker_svc.parallel.group import Group
 from worker_svc.parallel.pipe import (
@@ -96,12 +97,7 @@ class ParallelRunner:
             self.followers = [self._start(load, rank, on_lost) for rank in range(1, size)]
             self._runner = load_runner(
                 folder,
-                device=settings.device,
-                dtype=settings.dtype,
-                kv_memory=settings.kv_memory,
-                threads=settings.threads,
-                kernels=settings.kernels,
-                quantize=settings.quantize,
+                load.options,
                 on_progress=on_progress,
                 group=self._group,
                 agree=self._agree,
@@ -281,12 +277,7 @@ def first_command(folder: ModelFolder, settings: WorkerSettings, meeting_point: 
             max_model_len=folder.max_model_len,
             load_format="dummy" if folder.is_dummy else "auto",
         ),
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_memory=settings.kv_memory,
-        threads=settings.threads,
-        kernels=settings.kernels,
-        quantize=settings.quantize,
+        options=ModelOptions.of(settings),
         meeting_point=meeting_point,
         instance=settings.mesh.instance or "worker",
         log_level=settings.mesh.log_level,

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from weft.settings import ModelSettings
+from worker_svc.model_options import ModelOptions
 from worker_svc.step_input import StepInput
 
 _LENGTH_BYTES = 8
@@ -23,12 +24,7 @@ class Load(msgspec.Struct, tag=True):
     rank: int
     size: int
     model: ModelSettings
-    device: str
-    dtype: str
-    kv_memory: int | float
-    threads: int
-    kernels: str
-    quantize: str
+    options: ModelOptions
     meeting_point: str  # file for `Group.connect`
     instance: str  # who logs
     log_level: str

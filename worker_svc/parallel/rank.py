@@ -72,12 +72,7 @@ class Follower:
     def _make_runner(self, load: Load, group: Group) -> Runner:
         return load_runner(
             model_folder.read(load.model),
-            device=load.device,
-            dtype=load.dtype,
-            kv_memory=load.kv_memory,
-            threads=load.threads,
-            kernels=load.kernels,
-            quantize=load.quantize,
+            load.options,
             group=group,
             agree=self._agree,
         )

@@ -12,6 +12,8 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from worker_svc.batch import StepPlan, make_room
+from worker_svc.blocks import BlockPool
 from worker_svc.sequence import Sequence
 
 # Steps in a row without a draft after which the device stands idle no more, and steps until that is tried again.
@@ -68,6 +70,33 @@ class Speculation(Protocol):
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended, or given its blocks back."""
+
+
+def draft_step(
+    speculation: Speculation, plan: StepPlan, pool: BlockPool, *, num_running: int, max_num_batched_tokens: int
+) -> dict[Sequence, Ordered[int]] | None:
+    """Tokens to compute after the last ones of a decode step, as far as budget and blocks are left.
+
+    Mutates: block tables, and the pool they are from. Returns: None for a step that is left alone.
+    """
+    sequences = list(plan.num_scheduled_tokens)
+    if not sequences or not plan.is_decode or any(s.num_pending_tokens for s in sequences):
+        return {}
+    if speculation.rests():
+        return None
+    rooms = [
+        make_room(
+            sequence,
+            min(speculation.max_length, sequence.end_length - len(sequence.token_ids) - 1),
+            pool,
+            num_running,
+        )
+        for sequence in sequences
+    ]
+    # Decodes alone may be more than the budget where prompts are not cut.
+    num_spare = max(0, max_num_batched_tokens - len(sequences))
+    drafts = speculation.draft(sequences, rooms, num_spare)
+    return {sequence: draft for sequence, draft in zip(sequences, drafts, strict=True) if draft}
 
 
 class Patience:

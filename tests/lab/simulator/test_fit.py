@@ -42,7 +42,7 @@ def test_no_constant_is_below_zero() -> None:
     steps = [Step(Work(0, 0, 1, context), 0.05 - 1e-6 * context) for context in range(0, 10_000, 500)]
     cost = fit(steps).cost
     assert min(astuple(cost)) >= 0 and cost.context_s == 0
-    assert 0.04 < cost.step_s(0, 0, 1, 0) < 0.05
+    assert 0.04 < step_s(cost, Work(num_sequences=1)) < 0.05
 
 
 def test_no_steps_are_refused() -> None:

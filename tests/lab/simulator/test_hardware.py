@@ -6,8 +6,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from lab.simulator.fit import step_s
 from lab.simulator.hardware import HARDWARE, find
 from weft.errors import SettingsError
+from worker_svc.batch import Work
 
 A100 = HARDWARE["a100"]
 
@@ -22,7 +24,7 @@ def test_hardware_is_found_by_name_and_by_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", HARDWARE)
 def test_times_are_of_the_order_that_gpus_have(name: str) -> None:
     cost = HARDWARE[name].cost
-    assert 0.005 < cost.step_s(0, 0, 1, 1000) < 0.05
+    assert 0.005 < step_s(cost, Work(num_sequences=1, num_context_tokens=1000)) < 0.05
     assert 0.01 < cost.prefill_s(1000) < 0.2
 
 

@@ -111,7 +111,7 @@ def test_time_to_first_token_of_an_idle_worker_is_the_formula_in_chunks() -> Non
 def test_gaps_between_tokens_are_the_formula_and_grow_with_the_context() -> None:
     [record] = play(make_worker(), [ask(0, 0.0, 100, 4)])
 
-    gaps = [COST.step_s(0, 0, 1, context) for context in (101, 102, 103)]
+    gaps = [COST.overhead_s + COST.decode_s(1, context) for context in (101, 102, 103)]
     assert sum(gap * count for gap, count in record.gaps) == pytest.approx(sum(gaps))
     assert record.mean_gap_s() == pytest.approx(gaps[1])
 
@@ -149,7 +149,7 @@ def test_times_spread_around_the_formula_as_they_are_said_to() -> None:
 
     [record] = play(worker, [ask(0, 0.0, 100, 200)])
 
-    exact = [COST.step_s(0, 0, 1, 100 + number) for number in range(1, 200)]
+    exact = [COST.overhead_s + COST.decode_s(1, 100 + number) for number in range(1, 200)]
     factors = [gap / one for (gap, _), one in zip(record.gaps, exact, strict=True)]
     assert {round(factor, 6) for factor in factors} == {0.5, 1.5}
     assert 70 < sum(factor > 1 for factor in factors) < 130
@@ -161,7 +161,7 @@ def test_a_prompt_that_is_cached_whole_has_its_first_token_after_one_step() -> N
     first, second = play(worker, [ask(0, 0.0, 32, 20, (1, 2)), ask(1, 10.0, 32, 20, (1, 2))])
 
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 31)
-    assert second.ttft_s == pytest.approx(COST.step_s(0, 0, 1, 32))
+    assert second.ttft_s == pytest.approx(COST.overhead_s + COST.decode_s(1, 32))
 
 
 def test_what_is_to_be_yielded_ends_after_so_many_tokens() -> None:
