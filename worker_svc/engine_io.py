@@ -116,15 +116,6 @@ ENGINE_TOTALS: Final = frozenset(
     ("num_steps", "num_preemptions", "num_violations", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
     + ("num_drafted_tokens", "num_accepted_tokens")
 )
-# Tokens of prompts in a step from which on its time says how fast prompts are computed. Fewer, as the rest of a prompt
-# that was cached, take as long as one does (a worker that idled seemed to need a minute for what it computes in 0.1 s)
-# and count only while nothing else was measured.
-MIN_RATED_TOKENS: Final = 16
-
-
-def says_prefill_rate(num_new: int, is_measured: bool) -> bool:
-    """Whether a step with so many tokens of prompts says how fast these are computed; `is_measured`: any has before."""
-    return num_new >= MIN_RATED_TOKENS or (num_new > 0 and not is_measured)
 
 
 @dataclass(slots=True)

@@ -147,7 +147,7 @@ class KvExchange:
 
         Mutates: the pool; `waiting`, where they come to their places by arrival; and their states.
         """
-        blocks, sequences = self.take(loaded)
+        blocks, sequences = self._take(loaded)
         # What is here of the prefix already must not be evicted to make room for the rest of it.
         held = self._pool.lookup(sequences[0].hashes) if sequences else []
         self._pool.touch(held)
@@ -161,7 +161,7 @@ class KvExchange:
             insort(waiting, sequence, key=lambda one: one.arrival)
         return Placed(block_ids, [block for _, block in blocks], sequences)
 
-    def take(self, loaded: BlocksLoaded) -> tuple[list[tuple[BlockHash, bytes]], list[Sequence]]:
+    def _take(self, loaded: BlocksLoaded) -> tuple[list[tuple[BlockHash, bytes]], list[Sequence]]:
         """What came of a load: the blocks that are asked for and still not here, and who waited for them.
 
         The caller sets the state of these sequences.

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from worker_svc.batch import Work
-from worker_svc.engine_io import says_prefill_rate
 
 # Weight of the past when a step's rate is counted in.
 RATE_MEMORY: Final = 0.95
 # Weight of a step when its seconds are.
 STEP_WEIGHT: Final = 0.1
+# Tokens of prompts in a step from which on its time says how fast prompts are computed. Fewer, as the rest of a prompt
+# that was cached, take as long as one does (a worker that idled seemed to need a minute for what it computes in 0.1 s)
+# and count only while nothing else was measured.
+MIN_RATED_TOKENS: Final = 16
 
 
 @dataclass(slots=True)
@@ -55,3 +58,8 @@ class StepRates:
             self.decode.add(num_emitted, seconds)
         mean = seconds / num_steps
         self.step_s = (1 - STEP_WEIGHT) * self.step_s + STEP_WEIGHT * mean if self.step_s else mean
+
+
+def says_prefill_rate(num_new: int, is_measured: bool) -> bool:
+    """Whether a step with so many tokens of prompts says how fast these are computed; `is_measured`: any has before."""
+    return num_new >= MIN_RATED_TOKENS or (num_new > 0 and not is_measured)

@@ -7,7 +7,6 @@ alike but for the length of the contexts. As many as there are until anything el
 from __future__ import annotations
 
 import random
-from bisect import insort
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -25,15 +24,14 @@ from weft.messages import (
     WorkerRole,
     WorkerStatus,
 )
-from worker_svc.batch import Limits, StepPlan, commit_blocks, plan_step
+from worker_svc.batch import Limits, StepPlan, Work, commit_blocks, plan_step
 from worker_svc.blocks import BlockPool
-from worker_svc.engine_io import BlocksLoaded, LoadWanted, says_prefill_rate
+from worker_svc.engine_io import BlocksLoaded, LoadWanted
 from worker_svc.kv_exchange import KvExchange
+from worker_svc.rates import StepRates
 from worker_svc.sequence import Request, Sequence, State, ending
 
 SCHEDULER: Final = "s0"
-# How much the last step weighs in the step's seconds that a worker tells, as in an engine.
-STEP_WEIGHT: Final = 0.1
 # How much the last transfer weighs in the rate that a worker knows, as in a worker.
 LOAD_WEIGHT: Final = 0.3
 # Steps that are planned as one at most.
@@ -45,6 +43,7 @@ class Run:
     """Steps that are under way."""
 
     plan: StepPlan
+    work: Work  # of its first step
     began: float
     num_steps: int
     first_s: float  # of the first step
@@ -116,9 +115,7 @@ class SimWorker:
         self._num_arrived = 0
         self._num_accepted = 0
         self._kv_sequence = 0
-        self._prefill_rate = (0.0, 0.0)
-        self._decode_rate = (0.0, 0.0)
-        self._step_s = 0.0
+        self._rates = StepRates()
 
     @property
     def num_held(self) -> int:
@@ -174,19 +171,10 @@ class SimWorker:
         if loaded.blocks:
             before = self._exchange.load_bytes_per_s
             self._exchange.load_bytes_per_s = before + LOAD_WEIGHT * (len(loaded.blocks) / seconds - before)
-        blocks, sequences = self._exchange.take(loaded)
-        held = self.pool.lookup(sequences[0].hashes) if sequences else []
-        self.pool.touch(held)
-        hashes = [block_hash for block_hash, _ in blocks[: self.pool.num_free_blocks]]
-        block_ids = self.pool.allocate(len(hashes))
-        for block_id, block_hash in zip(block_ids, hashes, strict=True):
-            self.pool.commit(block_id, block_hash)
-        self.pool.free(held + block_ids)
-        for sequence in sequences:
-            sequence.state = State.WAITING
-            insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
+        placed = self._exchange.place(loaded, self.waiting)
+        for sequence in placed.sequences:
             if sequence.request.request_id == loaded.request_id:
-                self._records[sequence].num_fetched_tokens += len(hashes) * self.pool.block_size
+                self._records[sequence].num_fetched_tokens += len(placed.block_ids) * self.pool.block_size
 
     # ---- steps ----
 
@@ -214,7 +202,7 @@ class SimWorker:
             first_s *= self._chance.choice(self._spread)
         # No two steps are alike where chance has a say.
         num_steps = 1 if self._spread else self._num_alike(plan, prefill)
-        self.run = Run(plan, now, num_steps, first_s, growth_s, prefill)
+        self.run = Run(plan, work, now, num_steps, first_s, growth_s, prefill)
         return self.run.end_of(num_steps), rejected
 
     def cut(self, now: float) -> float:
@@ -306,17 +294,10 @@ class SimWorker:
         del self._records[sequence]
 
     def _rate(self, run: Run, seconds: float) -> None:
-        num_prefilled = sum(run.prefill.values()) * run.num_steps
-        if says_prefill_rate(num_prefilled, self._prefill_rate[1] > 0):
-            amount, spent = self._prefill_rate
-            self._prefill_rate = 0.95 * amount + num_prefilled, 0.95 * spent + seconds
-        else:
-            amount, spent = self._decode_rate
-            tokens = len(run.plan.num_scheduled_tokens) * run.num_steps
-            self._decode_rate = 0.95 * amount + tokens, 0.95 * spent + seconds
-        self._exchange.prefill_tokens_per_s = _ratio(self._prefill_rate)
-        mean = seconds / run.num_steps
-        self._step_s = mean if not self._step_s else (1 - STEP_WEIGHT) * self._step_s + STEP_WEIGHT * mean
+        count, work = run.num_steps, run.work
+        computed = Work(work.num_new * count, num_sequences=work.num_sequences * count)
+        self._rates.add(computed, len(run.plan.num_scheduled_tokens) * count, seconds, count)
+        self._exchange.prefill_tokens_per_s = self._rates.prefill.per_s
 
     # ---- news ----
 
@@ -344,10 +325,10 @@ class SimWorker:
             num_free_blocks=self.pool.num_free_blocks,
             accepted={SCHEDULER: self._num_accepted},
             kv_sequence=self._kv_sequence,
-            prefill_tokens_per_s=_ratio(self._prefill_rate),
-            decode_tokens_per_s=_ratio(self._decode_rate),
+            prefill_tokens_per_s=self._rates.prefill.per_s,
+            decode_tokens_per_s=self._rates.decode.per_s,
             role=self.role,
-            step_s=self._step_s,
+            step_s=self._rates.step_s,
         )
 
     def kv_events(self) -> tuple[KvEvents, tuple[BlockHash, ...]] | None:
@@ -367,8 +348,3 @@ class SimWorker:
             pack_u32([record.num_prompt_tokens for record in records]),
             pack_u32([record.num_output_tokens for record in records]),
         )
-
-
-def _ratio(rate: tuple[float, float]) -> float:
-    amount, seconds = rate
-    return amount / seconds if seconds else 0.0

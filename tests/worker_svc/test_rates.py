@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from worker_svc.batch import Work
-from worker_svc.engine_io import MIN_RATED_TOKENS
-from worker_svc.rates import Rate, StepRates
+from worker_svc.rates import MIN_RATED_TOKENS, Rate, StepRates
 
 
 def rates_of(*steps: tuple[Work, int, float]) -> StepRates:
