@@ -137,7 +137,7 @@ def _factors(found: Mapping[str, Summary], start: str, conditions: str) -> list[
     for name in ("srpt, oracle", "srpt, bucket", "srpt, mean"):
         value, line = ratio(fcfs.e2e_mean_s, found[name].e2e_mean_s), f"{start}, mean completion, fcfs over {name}"
         figure = Figure(line, value, "x", note=conditions)
-        why = "few wait at this load"
+        why = "all are predicted alike" if name == "srpt, mean" else "few wait at this load"
         lines.append(Claim("Weft's goal", f"{GOAL:g}x", figure, least=GOAL, sign=1.0, why=why))
         value = ratio(fcfs.e2e_p99_s, found[name].e2e_p99_s)
         lines.append(shown(f"{start}, p99 completion, fcfs over {name}", value, "x", conditions))

@@ -443,11 +443,11 @@ def _decision(policy: str, rule: str, best: Sequence[Worker], arrival: Arrival, 
 
 
 def _scores(best: Sequence[Worker], match: Match, order: Order) -> tuple[Score, ...]:
-    """Those that were looked at, then one that holds most of the prompt, then the first in order."""
-    shown = {worker.bit: worker for worker in best[:MAX_SCORES]}
-    if match.longest and not match.holders >> best[0].bit & 1:
+    """Those that were looked at, one that holds most of the prompt if none of them does, then the first in order."""
+    shown = {worker.bit: worker for worker in best[: MAX_SCORES - 1]}
+    if match.longest and not any([match.holders >> bit & 1 for bit in shown]):
         holder = order.any_of(match.holders)
-        shown.setdefault(holder.bit, holder)
+        shown[holder.bit] = holder
     for worker in order:
         if len(shown) >= MAX_SCORES:
             break
