@@ -445,7 +445,7 @@ def _decision(policy: str, rule: str, best: Sequence[Worker], arrival: Arrival, 
 def _scores(best: Sequence[Worker], match: Match, order: Order) -> tuple[Score, ...]:
     """Those that were looked at, one that holds most of the prompt if none of them does, then the first in order."""
     shown = {worker.bit: worker for worker in best[: MAX_SCORES - 1]}
-    if match.longest and not any([match.holders >> bit & 1 for bit in shown]):
+    if match.longest and not any(match.holders >> bit & 1 for bit in shown):
         holder = order.any_of(match.holders)
         shown[holder.bit] = holder
     for worker in order:

@@ -141,6 +141,16 @@ def test_min_ttft_weighs_a_queue_against_a_prefix() -> None:
     assert decide(MinTtft(COST), long, arrival).worker == "w0"
 
 
+def test_however_many_are_looked_at_few_are_shown_and_a_holder_of_most_among_them() -> None:
+    # The more a worker holds the longer its queue, so that one after the other seems better; two hold most.
+    depths = [0, *range(1, 13), 12]
+    workers = [make_worker(bit, waiting_tokens=1000 * depth) for bit, depth in enumerate(depths)]
+    levels = tuple((d, sum(1 << bit for bit, depth in enumerate(depths) if depth >= d)) for d in range(1, 13))
+    decision = decide(MinTtft(COST), workers, make_arrival(levels, 12))
+    assert (decision.worker, len(decision.scores)) == ("w0", MAX_SCORES)
+    assert 12 in {score.matched_blocks for score in decision.scores}
+
+
 def test_min_ttft_fetches_a_prefix_where_that_is_faster() -> None:
     workers, arrival = [make_worker(0), make_worker(1, waiting_tokens=500)], make_arrival(((10, 0b10),))
     decision = decide(MinTtft(COST, transfer=Transfer(0.001)), workers, arrival)
