@@ -143,11 +143,12 @@ def test_min_ttft_weighs_a_queue_against_a_prefix() -> None:
 
 def test_however_many_are_looked_at_few_are_shown_and_a_holder_of_most_among_them() -> None:
     # The more a worker holds the longer its queue, so that one after the other seems better; two hold most.
-    depths = [0, *range(1, 13), 12]
-    workers = [make_worker(bit, waiting_tokens=1000 * depth) for bit, depth in enumerate(depths)]
+    depths = [12, 0, *range(1, 13)]
+    queues = [99_000, *(1000 * depth for depth in depths[1:])]
+    workers = [make_worker(bit, waiting_tokens=queue) for bit, queue in enumerate(queues)]
     levels = tuple((d, sum(1 << bit for bit, depth in enumerate(depths) if depth >= d)) for d in range(1, 13))
     decision = decide(MinTtft(COST), workers, make_arrival(levels, 12))
-    assert (decision.worker, len(decision.scores)) == ("w0", MAX_SCORES)
+    assert (decision.worker, len(decision.scores)) == ("w1", MAX_SCORES)
     assert 12 in {score.matched_blocks for score in decision.scores}
 
 
