@@ -13,6 +13,7 @@ import msgspec
 from scheduler_svc.actions import Action, Dispatch, Dropped, Lost, Queued, Reject, WantSnapshot
 from scheduler_svc.backlog import Backlog
 from scheduler_svc.block_index import NO_MATCH, BlockIndex, Match
+from scheduler_svc.fleet import Fleet
 from scheduler_svc.held import HeldBook
 from scheduler_svc.policies import Policies, PolicyMaker, PolicyNames
 from scheduler_svc.policy.admit import BacklogView, LoadView, objectives_of
@@ -20,7 +21,6 @@ from scheduler_svc.policy.order import OrderPolicy, Waiting
 from scheduler_svc.policy.route import Arrival
 from scheduler_svc.pool import Pool
 from scheduler_svc.scaling import Demand
-from scheduler_svc.totals import Totals
 from scheduler_svc.workers import InFlight, Worker
 from weft.columns import unpack_u32
 from weft.errors import InvalidRequest, InvariantViolation, Unavailable, WeftError
@@ -53,17 +53,12 @@ class ClusterState:
         self._names_of: dict[str, PolicyNames] = {}  # models for which something else was said
         self._policies: dict[str, Policies] = {}
         self._roster = Roster()
-        self._workers: dict[str, Worker] = {}
-        self._num_of: dict[str, int] = {}  # workers by model
-        self._open: dict[str, Pool] = {}  # by model, the workers with room
-        self._ready: dict[str, Totals] = {}  # by model, the workers that are ready
+        self._fleet = Fleet()
         self._blocks = BlockIndex()
         self._backlog = Backlog(self._make_order)
         self._held = HeldBook()
         self._cancelled = Cancelled()
-        self._in_flight: dict[tuple[str, int], str] = {}  # (request id, epoch) → worker
         self._missing = MissingGateways(self._roster)
-        self._num_schedulers = 1
         self._num_dispatches = 0
         self._next_ticket = 0
         self._is_draining = False
@@ -97,7 +92,7 @@ class ClusterState:
 
     def on_status(self, status: WorkerStatus, now: float) -> list[Action]:
         """A worker tells its room and load."""
-        known = self._workers.get(status.worker)
+        known = self._fleet.get(status.worker)
         if known is not None and status.worker_epoch < known.epoch:
             return []
         actions: list[Action] = []
@@ -108,17 +103,13 @@ class ClusterState:
         if status.state == "dead":
             return actions
         worker = known or self._add_worker(status, now)
-        arrived, lost = worker.apply(status, self._scheduler, now)
-        self.num_lost += len(lost)
-        for flight in (*arrived, *lost):
-            del self._in_flight[flight.key]
-        self._refresh(worker)
+        self.num_lost += self._fleet.apply(worker, status, self._scheduler, now)
         self._held.on_status(status, now)
         policies = self._policies_of(status.model)
         if not policies.is_calibrated:
             policies.cost.follow(status.prefill_tokens_per_s, status.step_s)
         if self._maker.block_transfer_s is None:
-            policies.transfer.block_s = self._totals(status.model).sums.block_load_s
+            policies.transfer.block_s = self._fleet.ready(status.model).sums.block_load_s
         if self._blocks.check_sequence(worker.name, status.kv_sequence, now):
             actions.append(WantSnapshot(worker.name))
         return actions + self._pump(status.model, now)
@@ -139,12 +130,12 @@ class ClusterState:
 
     def on_declined(self, declined: Declined, now: float) -> list[Action]:
         """A worker without room hands an assignment back: to the backlog, and nothing more there for now."""
-        request, worker = declined.request, self._workers.get(declined.worker)
+        request, worker = declined.request, self._fleet.get(declined.worker)
         flight = None
         if worker is not None:
-            flight = self._take_back(worker, (request.request_id, request.epoch))
+            flight = self._fleet.take_back(worker, (request.request_id, request.epoch))
             worker.is_full = True
-            self._refresh(worker)
+            self._fleet.refresh(worker)
         if flight is None:
             self._next_ticket += 1
             flight = InFlight(self._waiting(request, self._next_ticket, now), now)
@@ -152,15 +143,14 @@ class ClusterState:
 
     def on_returned(self, hop: Returned, error: WeftError, now: float) -> list[Action]:
         """An assignment of ours came back: nobody listens there, or it could not be sent, or read."""
-        name = self._in_flight.get((hop.request_id, hop.epoch))
-        if name is None:
+        worker = self._fleet.bound_for((hop.request_id, hop.epoch))
+        if worker is None:
             return []
-        worker = self._workers[name]
-        flight = self._take_back(worker, (hop.request_id, hop.epoch))
+        flight = self._fleet.take_back(worker, (hop.request_id, hop.epoch))
         assert flight is not None
         if isinstance(error, Unavailable):
-            return self._worker_gone(name) + self._put_back(flight, now)
-        self._refresh(worker)
+            return self._worker_gone(worker.name) + self._put_back(flight, now)
+        self._fleet.refresh(worker)
         request = flight.request
         end = Reject(request, error) if isinstance(error, InvalidRequest) else Lost(request, error)
         return [end, *self._pump(request.model, now)]
@@ -193,7 +183,7 @@ class ClusterState:
     def on_tick(self, now: float) -> list[Action]:
         """Twice a second, while the others could have been heard."""
         actions = self._apply(self._roster.expire(now), now)
-        for worker in list(self._workers.values()):
+        for worker in self._fleet:
             unheard = self._roster.get("worker", worker.name) is None
             if unheard and now - worker.seen_at > HEARTBEAT_TIMEOUT_S:
                 actions += self._worker_gone(worker.name)
@@ -205,7 +195,7 @@ class ClusterState:
         """After this scheduler was cut off, or slept: the others' silence proves nothing."""
         self._roster.forgive(now)
         self._missing.forgive()
-        for worker in self._workers.values():
+        for worker in self._fleet:
             worker.seen_at = now
 
     def drain(self) -> list[Action]:
@@ -255,7 +245,7 @@ class ClusterState:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._in_flight)
+        return self._fleet.num_in_flight
 
     def waiting(self) -> Iterator[TokenizedRequest]:
         """The backlog, in no order."""
@@ -263,7 +253,7 @@ class ClusterState:
 
     def models(self) -> list[str]:
         """What ready workers serve."""
-        return sorted({worker.status.model for worker in self._workers.values() if worker.status.state == "ready"})
+        return sorted({worker.status.model for worker in self._fleet if worker.status.state == "ready"})
 
     def schedulers(self) -> set[str]:
         """Those that are ready, this one among them."""
@@ -272,7 +262,7 @@ class ClusterState:
 
     def demands(self) -> list[Demand]:
         """What scaling may know, of each model that anybody serves, tokenizes or waits for."""
-        models = {*self._backlog.models(), *self._num_of}
+        models = {*self._backlog.models(), *self._fleet.models()}
         models |= {model for member in self._roster.members("tokenizer") for model in member.models}
         starting = [member for member in self._roster.members("worker") if member.state == "starting"]
         return [
@@ -280,7 +270,7 @@ class ClusterState:
                 model=model,
                 num_waiting=self._backlog.count(model),
                 num_waiting_tokens=self._backlog.num_tokens(model),
-                ready=self._totals(model),
+                ready=self._fleet.ready(model),
                 # One that starts does not say which model before it has read its folder.
                 num_starting=sum(not member.models or model in member.models for member in starting),
                 count_only_blocks=self._blocks.num_only,
@@ -292,10 +282,10 @@ class ClusterState:
         return {
             "waiting_requests": float(len(self._backlog)),
             "waiting_tokens": float(sum(self._backlog.num_tokens(model) for model in self._backlog.models())),
-            "in_flight_requests": float(len(self._in_flight)),
-            "workers": float(len(self._workers)),
-            "workers_with_room": float(sum(map(len, self._open.values()))),
-            "schedulers": float(self._num_schedulers),
+            "in_flight_requests": float(self._fleet.num_in_flight),
+            "workers": float(len(self._fleet)),
+            "workers_with_room": float(sum(len(self._fleet.open(model)) for model in self._fleet.models())),
+            "schedulers": float(self._fleet.num_schedulers),
             "blocks": float(self._blocks.num_blocks),
             "assignments_lost_total": float(self.num_lost),
             **self._prediction_stats(),
@@ -312,18 +302,7 @@ class ClusterState:
 
     def check(self) -> None:
         """Raises InvariantViolation if the books do not balance."""
-        flights = {key: worker.name for worker in self._workers.values() for key in worker.in_flight}
-        if flights != self._in_flight:
-            raise InvariantViolation("assignments on their way differ from those of the workers")
-        for worker in self._workers.values():
-            counted = sum(flight.num_choices for flight in worker.in_flight.values())
-            is_open = worker.name in self._open.get(worker.status.model, ())
-            if counted != worker.num_on_the_way or is_open != bool(worker.room):
-                raise InvariantViolation(f"the room of {worker.name} is not what its books say")
-        ready = [worker for worker in self._workers.values() if worker.status.state == "ready"]
-        for model in {*self._num_of, *self._ready}:
-            if not self._totals(model).is_same(Totals(worker for worker in ready if worker.status.model == model)):
-                raise InvariantViolation(f"the totals of {model} are not those of its workers")
+        self._fleet.check()
         self._held.check()
         for model in self._backlog.models():
             head = self._backlog.head(model, 0.0)
@@ -338,7 +317,7 @@ class ClusterState:
         waiting = self._backlog.get(request_id)
         if self._cancelled.covers(request_id, epoch):
             return [Dropped(request, "cancelled")], True
-        if (waiting is not None and waiting.request.epoch >= epoch) or (request_id, epoch) in self._in_flight:
+        if (waiting is not None and waiting.request.epoch >= epoch) or self._fleet.is_in_flight((request_id, epoch)):
             return [Dropped(request, "superseded")], True
         if epoch:
             # Should a lower epoch still be handed back to us.
@@ -353,7 +332,7 @@ class ClusterState:
         if len(request.choices) == 1:
             # Nobody need look at every worker.
             return None
-        sizes = [w.status.max_num_seqs for w in self._workers.values() if w.status.model == request.model]
+        sizes = [worker.status.max_num_seqs for worker in self._fleet if worker.status.model == request.model]
         if not sizes or len(request.choices) <= max(sizes):
             return None
         return InvalidRequest(
@@ -369,7 +348,7 @@ class ClusterState:
             return actions
         model, policies = request.model, self._policies_of(request.model)
         place = BacklogPlace(
-            self._backlog.count(model), self._num_of.get(model, 0), policies.names.admit, policies.names.order
+            self._backlog.count(model), self._fleet.count(model), policies.names.admit, policies.names.order
         )
         return [*actions, Queued(request, place)]
 
@@ -402,13 +381,11 @@ class ClusterState:
         return actions
 
     def _candidates(self, request: TokenizedRequest) -> Pool:
-        pool = self._open.get(request.model)
-        if pool is None:
-            return Pool()
+        pool = self._fleet.open(request.model)
         num_choices = len(request.choices)
         if num_choices == 1:
             return pool
-        return Pool(worker for worker in pool if worker.has_room(num_choices, self._num_schedulers))
+        return Pool(worker for worker in pool if worker.has_room(num_choices, self._fleet.num_schedulers))
 
     def _waiting(self, request: TokenizedRequest, ticket: int, since: float, match: Match | None = None) -> Waiting:
         """What order policies may know of a request."""
@@ -437,12 +414,9 @@ class ClusterState:
     def _place(self, waiting: Waiting, candidates: Pool, now: float, match: Match | None = None) -> Dispatch:
         request = waiting.request
         decision = self._decide(waiting, candidates, self._match(request, candidates) if match is None else match, now)
-        worker = self._workers[decision.worker]
+        worker = self._fleet[decision.worker]
         self._num_dispatches += 1
-        flight = InFlight(waiting, now)
-        worker.send(flight, self._num_dispatches)
-        self._in_flight[flight.key] = worker.name
-        self._refresh(worker)
+        self._fleet.send(worker, InFlight(waiting, now), self._num_dispatches)
         order = self._backlog.order(request.model)
         stop_after = min(filter(None, (decision.stop_after, order.quantum(waiting))), default=None)
         order.on_sent(waiting)
@@ -462,7 +436,7 @@ class ClusterState:
         return self._policies_of(request.model).route.decide(arrival, candidates)
 
     def _load_view(self, backlog: BacklogView, model: str, now: float) -> LoadView:
-        ready = self._totals(model).sums
+        ready = self._fleet.ready(model).sums
         return LoadView(
             backlog=backlog,
             num_prefilling=ready.num_prefilling,
@@ -474,7 +448,7 @@ class ClusterState:
         )
 
     def _view(self, model: str) -> BacklogView:
-        ready = self._totals(model).sums
+        ready = self._fleet.ready(model).sums
         return BacklogView(
             num_requests=self._backlog.count(model),
             num_tokens=self._backlog.num_tokens(model),
@@ -483,29 +457,12 @@ class ClusterState:
             decode_tokens_per_s=ready.decode_tokens_per_s,
         )
 
-    def _totals(self, model: str) -> Totals:
-        return self._ready.get(model) or Totals()
-
     # ---- workers ----
 
     def _add_worker(self, status: WorkerStatus, now: float) -> Worker:
-        bit = self._blocks.add(status.worker, status.worker_epoch)
-        worker = self._workers[status.worker] = Worker(status.worker, bit, status, now)
-        self._count_workers(status.model, 1)
+        worker = Worker(status.worker, self._blocks.add(status.worker, status.worker_epoch), status, now)
+        self._fleet.add(worker)
         return worker
-
-    def _count_workers(self, model: str, more: int) -> None:
-        if model not in self._num_of:
-            self._num_of[model], self._open[model], self._ready[model] = 0, Pool(), Totals()
-        self._num_of[model] += more
-        if not self._num_of[model]:
-            del self._num_of[model]
-            del self._open[model], self._ready[model]
-            self._backlog.forget(model)
-            before = self._policies.pop(model, None)
-            if before is not None and before.predict.accuracy.num_ended:
-                # Lengths are of requests; all else that was learnt is of workers that may never come back.
-                self._policies[model] = self._maker.make(self.policy_names(model), before)
 
     def _worker_gone(self, name: str) -> list[Action]:
         """Forget a worker's room and blocks.
@@ -513,39 +470,25 @@ class ClusterState:
         What was on its way there may have arrived, and may even run still: only the gateway can make sure that it
         does not run twice, by a higher epoch.
         """
-        worker = self._workers.pop(name)
-        self._open[worker.status.model].discard(worker)
-        self._ready[worker.status.model].discard(worker)
+        worker = self._fleet.remove(name)
         self._blocks.remove(name)
         self._held.worker_gone(name)
-        self._count_workers(worker.status.model, -1)
+        if not self._fleet.count(worker.status.model):
+            self._forget_model(worker.status.model)
         actions: list[Action] = []
         for flight in worker.in_flight.values():
-            del self._in_flight[flight.key]
             if self._cancelled.covers(*flight.key):
                 actions.append(Dropped(flight.request, "cancelled"))
             else:
                 actions.append(Lost(flight.request, Unavailable(f"worker {name} is gone")))
         return actions
 
-    def _take_back(self, worker: Worker, key: tuple[str, int]) -> InFlight | None:
-        flight = worker.take_back(key)
-        if flight is not None:
-            del self._in_flight[key]
-        return flight
-
-    def _refresh(self, worker: Worker) -> None:
-        """After anything about a worker changed: its room, and what is known of those of its model together."""
-        worker.refresh(self._num_schedulers)
-        pool, ready = self._open[worker.status.model], self._ready[worker.status.model]
-        if worker.room:
-            pool.put(worker)
-        else:
-            pool.discard(worker)
-        if worker.status.state == "ready":
-            ready.put(worker)
-        else:
-            ready.discard(worker)
+    def _forget_model(self, model: str) -> None:
+        """Its last worker is gone: of what was learnt, only lengths are of requests and not of workers."""
+        self._backlog.forget(model)
+        before = self._policies.pop(model, None)
+        if before is not None and before.predict.accuracy.num_ended:
+            self._policies[model] = self._maker.make(self.policy_names(model), before)
 
     # ---- who is there ----
 
@@ -558,20 +501,20 @@ class ClusterState:
             elif change.kind == "left" and member.role == "gateway":
                 actions += self._drop_gateway(member.instance) + self._pump_all(now)
             elif change.kind == "left" and member.role == "worker":
-                worker = self._workers.get(member.instance)
+                worker = self._fleet.get(member.instance)
                 if worker is not None and worker.epoch <= member.epoch:
                     actions += self._worker_gone(member.instance)
         return actions
 
     def _count_schedulers(self, now: float) -> list[Action]:
-        self._num_schedulers = len(self.schedulers())
-        for worker in self._workers.values():
-            self._refresh(worker)
+        self._fleet.num_schedulers = len(self.schedulers())
+        for worker in self._fleet:
+            self._fleet.refresh(worker)
         return self._pump_all(now)
 
     def _drop_gateway(self, gateway: str) -> list[Action]:
         """Nobody is left to read these streams."""
-        for worker in self._workers.values():
+        for worker in self._fleet:
             for flight in worker.in_flight.values():
                 if flight.request.gateway == gateway:
                     self._cancelled.remember(*flight.key)

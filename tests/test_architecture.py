@@ -47,10 +47,10 @@ PURE = [
     "gateway/assembler.py",
     "gateway/streams.py",
     *(f"tokenizer_svc/{name}.py" for name in ("prompt", "sandbox")),
-    *(f"scheduler_svc/{name}.py" for name in ("actions", "backlog", "block_index", "cost_model", "ends", "held")),
+    *(f"scheduler_svc/{name}.py" for name in ("actions", "backlog", "block_index", "cost_model", "ends", "fleet")),
     *(
         f"scheduler_svc/{name}.py"
-        for name in ("objective", "policies", "pool", "scaling", "state", "totals", "workers")
+        for name in ("held", "objective", "policies", "pool", "scaling", "state", "totals", "workers")
     ),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "scheduler_svc/policy").glob("*.py"))),
     *(f"worker_svc/{name}.py" for name in ("batch", "blocks", "checks", "engine_io", "flight", "frames", "held")),
