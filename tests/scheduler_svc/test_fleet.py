@@ -1,4 +1,4 @@
-"""The fleet's books: models come and go with their workers, and an assignment is on its way until it is accounted for."""
+"""The fleet: models come and go with their workers, and assignments are on their way until accounted for."""
 
 from __future__ import annotations
 
