@@ -1,7 +1,7 @@
 """How fast a worker computes, by the steps that it computed lately. Pure.
 
-A step with enough tokens of prompts says how fast prompts are computed, with the decodes that came along; any other
-says how fast answers come. The engine counts its steps in as they end, the simulated worker those of a formula.
+A step with enough tokens of prompts says how fast prompts are computed beside the decodes that came along, which do
+not count: what waits is prompts. Any other says how fast answers come. The engine counts its steps in as they end, the simulated worker those of a formula.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Rate:
 class StepRates:
     """What steps say of a worker."""
 
-    prefill: Rate = field(default_factory=Rate)  # tokens computed in steps with prompts
+    prefill: Rate = field(default_factory=Rate)  # tokens of prompts, in steps with any
     decode: Rate = field(default_factory=Rate)  # tokens that came of other steps
     step_s: float = 0.0  # of a step; 0 until there was one
 
@@ -53,7 +53,7 @@ class StepRates:
             work, num_emitted, seconds: what was computed, the tokens that came of it and what it took, of all of them.
         """
         if says_prefill_rate(work.num_new, is_measured=self.prefill.per_s > 0):
-            self.prefill.add(work.num_new + work.num_sequences, seconds)
+            self.prefill.add(work.num_new, seconds)
         else:
             self.decode.add(num_emitted, seconds)
         mean = seconds / num_steps

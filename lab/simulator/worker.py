@@ -294,8 +294,8 @@ class SimWorker:
         del self._records[sequence]
 
     def _rate(self, run: Run, seconds: float) -> None:
-        count, work = run.num_steps, run.work
-        computed = Work(work.num_new * count, num_sequences=work.num_sequences * count)
+        count = run.num_steps
+        computed = Work(run.work.num_new * count)
         self._rates.add(computed, len(run.plan.num_scheduled_tokens) * count, seconds, count)
         self._exchange.prefill_tokens_per_s = self._rates.prefill.per_s
 
