@@ -1,7 +1,8 @@
 """How fast a worker computes, by the steps that it computed lately. Pure.
 
 A step with enough tokens of prompts says how fast prompts are computed beside the decodes that came along, which do
-not count: what waits is prompts. Any other says how fast answers come. The engine counts its steps in as they end, the simulated worker those of a formula.
+not count: what waits is prompts. Any other says how fast answers come. The engine counts its steps in as they end, the
+simulated worker those of a formula.
 """
 
 from __future__ import annotations
