@@ -229,7 +229,8 @@ def sentence(decision: Decision) -> str:
             f"{_count(chosen.load, 'sequence')} there"
             + (others if decision.num_candidates > 1 else ", the only worker with room")
         )
-    if decision.expected_ttft_s is not None:
+    # As long as nobody has measured anything, all is expected at once.
+    if decision.expected_ttft_s:
         facts.append(f"first token expected within {decision.expected_ttft_s:.3g} s")
     if decision.stop_after is not None:
         facts.append(f"to be handed back after {_count(decision.stop_after, 'token')}")

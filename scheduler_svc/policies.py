@@ -36,7 +36,8 @@ class PolicyNames:
         """
         for family, name in changes.items():
             if family not in CHOICES:
-                raise InvalidRequest(f"no policy family {family!r}; there are {', '.join(CHOICES)}", param="policies")
+                known = ", ".join(CHOICES)
+                raise InvalidRequest(f"no policy family {family!r} of schedulers; there are {known}", param="policies")
             if name not in CHOICES[family]:
                 known = ", ".join(CHOICES[family])
                 raise InvalidRequest(f"no {family} policy {name!r}; there are {known}", param="policies")
