@@ -72,7 +72,10 @@ class AdmitPolicy(Protocol):
 
 
 class Open:
-    """Every request is taken. For benchmarks, and meshes whose gateways bound what comes in."""
+    """Every request is taken, whatever waits. Source: the baseline that rejection is compared with.
+
+    For benchmarks, and meshes whose gateways bound what comes in.
+    """
 
     name = "open"
     uses_load = False
@@ -168,8 +171,8 @@ class PredictedReject(EarlyReject):
     """As `early_reject`, but for the decodes that will run when this request's prefill ends.
 
     Those that are predicted to end before do not count, and those that will have been prefilled by then do.
-    Source: Mooncake's prediction-based early rejection (arXiv 2407.00079, section 7.4), with a predicted end for each
-    request where it has one time t_d for all.
+    Invariant: that of `early_reject`. Source: Mooncake's prediction-based early rejection (arXiv 2407.00079, section
+    7.4), with a predicted end for each request where it has one time t_d for all.
     """
 
     name = "predicted_reject"

@@ -62,6 +62,17 @@ def test_bounded_refuses_what_passes_a_bound(num_requests: int, num_tokens: int,
     assert is_taken or isinstance(error, Overloaded)
 
 
+@given(st.lists(st.integers(1, 60), max_size=40))
+def test_bounded_keeps_its_bounds_but_for_one_request_that_alone_is_larger(sizes: list[int]) -> None:
+    policy, taken = Bounded(5, 50), list[int]()
+    for size in sizes:
+        backlog = make_view(num_requests=len(taken), num_tokens=sum(taken))
+        if refused(policy, make_load(backlog=backlog), num_tokens=size) is None:
+            taken.append(size)
+    assert len(taken) <= 5
+    assert sum(taken) <= 50 or len(taken) == 1
+
+
 def test_bounded_takes_a_large_request_into_an_empty_backlog() -> None:
     assert refused(Bounded(1, 10), make_load(), num_tokens=1000) is None
 
