@@ -95,7 +95,13 @@ class PolicyMaker:
         else:
             predict = (self.make_predictor or PREDICTORS[names.predict])()
         admit = ADMITS[names.admit](
-            AdmitContext(self.max_queued_requests, self.max_queued_tokens, cost, self.objectives)
+            AdmitContext(
+                self.max_queued_requests,
+                self.max_queued_tokens,
+                cost,
+                self.objectives,
+                is_calibrated=self.cost is not None,
+            )
         )
         transfer = Transfer(self.block_transfer_s)
         context = RouteContext(self.chance, cost, transfer, self.heatmap, self.block_size, self.split_override)

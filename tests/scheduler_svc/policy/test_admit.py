@@ -104,6 +104,16 @@ def test_first_token_waits_for_a_place_too() -> None:
     assert refused(policy, make_load(backlog=make_view(num_requests=1, num_new_tokens=200, **rates))) is not None
 
 
+@pytest.mark.parametrize("make", [EarlyReject, PredictedReject])
+def test_what_workers_measured_last_refuses_nothing_where_nobody_runs_or_waits(make: type[EarlyReject]) -> None:
+    slow, idle = CostModel(overhead_s=0.5, token_s=0.001), make_load()
+    policy = make(slow, TIGHT, Open(), is_calibrated=False)
+    assert refused(policy, idle, num_tokens=5000) is None
+    for busy in ({"num_running": 1}, {"num_queued_tokens": 1}, {"backlog": make_view(num_requests=1)}):
+        assert refused(policy, make_load(**busy), num_tokens=5000) is not None
+    assert refused(make(slow, TIGHT, Open()), idle, num_tokens=5000) is not None, "a calibration is right for ever"
+
+
 def test_early_reject_refuses_when_decodes_are_too_slow_now() -> None:
     policy = EarlyReject(COST, TIGHT, Open())
     assert refused(policy, make_load(num_running=18)) is None
