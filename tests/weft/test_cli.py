@@ -140,6 +140,23 @@ def test_instance_is_no_choice_of_the_users(capsys: pytest.CaptureFixture[str]) 
     assert "`weft up` names its processes itself" in sentence(["up", "--instance", "x"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prewarm", "1"], "--prewarm: it is for --scale, which is none; --workers says how many there are"),
+        (["--min-workers", "2"], "--min-workers: it is for --scale, which is none; --workers says how many there are"),
+        (
+            ["--scale", "queue", "--workers", "2"],
+            "--workers: 2 are more than --scale may start: --max-workers says how many",
+        ),
+    ],
+)
+def test_numbers_of_workers_that_mean_nothing_are_refused(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence(["up", *flags], capsys) == f"weft up: {said}"
+
+
 @pytest.mark.parametrize("flags", [["--device", "cuda"], ["--tensor-parallel", "2"]], ids=" ".join)
 def test_workers_are_forked_on_one_cpu_only(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert sentence(["up", "--fork", *flags], capsys) == (
