@@ -276,7 +276,7 @@ def _text(entry: Entry) -> str:
         case Entry(event="preempted"):
             return f"{entry.instance} gave its blocks to others; {computed} to be computed again"
         case Entry(event="yielded"):
-            return f"handed back as decided, with {output}, to go on elsewhere"
+            return f"handed back as decided, with {output}, to be placed again"
         case Entry(event="done"):
             return output
         case Entry(event="first_token"):
