@@ -229,7 +229,8 @@ def sentence(decision: Decision) -> str:
             f"{_count(chosen.load, 'sequence')} there"
             + (others if decision.num_candidates > 1 else ", the only worker with room")
         )
-    if decision.expected_ttft_s is not None:
+    # As long as nobody has measured anything, all is expected at once.
+    if decision.expected_ttft_s:
         facts.append(f"first token expected within {decision.expected_ttft_s:.3g} s")
     if decision.stop_after is not None:
         facts.append(f"to be handed back after {_count(decision.stop_after, 'token')}")
@@ -275,7 +276,7 @@ def _text(entry: Entry) -> str:
         case Entry(event="preempted"):
             return f"{entry.instance} gave its blocks to others; {computed} to be computed again"
         case Entry(event="yielded"):
-            return f"handed back as decided, with {output}, to go on elsewhere"
+            return f"handed back as decided, with {output}, to be placed again"
         case Entry(event="done"):
             return output
         case Entry(event="first_token"):

@@ -34,10 +34,11 @@ class CostModel:
         return self.sequence_s * num_sequences + self.context_s * num_context_tokens
 
     def follow(self, prefill_tokens_per_s: float, step_s: float) -> None:
-        """Take what workers measure lately for constant, for want of a calibration. Mutates self."""
+        """Take what workers measure lately for constant, for want of a calibration; 0 is not measured. Mutates self."""
         if prefill_tokens_per_s:
             self.token_s = 1 / prefill_tokens_per_s
-        self.overhead_s = step_s
+        if step_s:
+            self.overhead_s = step_s
 
 
 @dataclass(slots=True)

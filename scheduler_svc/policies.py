@@ -36,7 +36,8 @@ class PolicyNames:
         """
         for family, name in changes.items():
             if family not in CHOICES:
-                raise InvalidRequest(f"no policy family {family!r}; there are {', '.join(CHOICES)}", param="policies")
+                known = ", ".join(CHOICES)
+                raise InvalidRequest(f"no policy family {family!r} of schedulers; there are {known}", param="policies")
             if name not in CHOICES[family]:
                 known = ", ".join(CHOICES[family])
                 raise InvalidRequest(f"no {family} policy {name!r}; there are {known}", param="policies")
@@ -94,7 +95,13 @@ class PolicyMaker:
         else:
             predict = (self.make_predictor or PREDICTORS[names.predict])()
         admit = ADMITS[names.admit](
-            AdmitContext(self.max_queued_requests, self.max_queued_tokens, cost, self.objectives)
+            AdmitContext(
+                self.max_queued_requests,
+                self.max_queued_tokens,
+                cost,
+                self.objectives,
+                is_calibrated=self.cost is not None,
+            )
         )
         transfer = Transfer(self.block_transfer_s)
         context = RouteContext(self.chance, cost, transfer, self.heatmap, self.block_size, self.split_override)

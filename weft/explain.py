@@ -11,7 +11,7 @@ from typing import Any, Final
 from weft.chat import Client, url_here
 from weft.errors import SettingsError, Unavailable, WeftError
 from weft.exit_status import complain
-from weft.settings import ExplainSettings, load
+from weft.settings import ExplainSettings, load_with_words
 
 PROG: Final = "weft explain ID"
 
@@ -19,12 +19,11 @@ PROG: Final = "weft explain ID"
 def main(argv: Sequence[str]) -> int:
     """`explain ID`: an id as answers carry it (chatcmpl-…, cmpl-…), or a request's own as logs do."""
     try:
-        if not argv or argv[0].startswith("-"):
-            load(ExplainSettings, argv, os.environ, prog=PROG)
+        settings, words = load_with_words(ExplainSettings, argv, os.environ, prog=PROG)
+        if len(words) != 1:
             raise SettingsError("which request? Every answer has an `id`: weft explain ID")
-        settings = load(ExplainSettings, argv[1:], os.environ, prog=PROG)
         client = Client(settings.url or url_here(settings.data_path), settings.api_key)
-        sys.stdout.write(_read(asyncio.run(client.explanation(argv[0]))))
+        sys.stdout.write(_read(asyncio.run(client.explanation(words[0]))))
     except WeftError as error:
         return complain("weft explain", error)
     return 0
@@ -48,10 +47,16 @@ def to_text(explanation: dict[str, Any]) -> str:
         lines += [line for entry in request["timeline"] for line in _entry_lines(entry)]
         if request["num_left_out"]:
             lines.append(f"  ({request['num_left_out']} more, from the middle, are left out)")
-        lines.append(
-            f"  {request['state']}: " + (f"placed on {request['why']}" if request["why"] else "no decision is known")
-        )
+        lines.append(f"  {request['state']}: {_why(request)}")
     return "\n".join(lines) + "\n"
+
+
+def _why(request: dict[str, Any]) -> str:
+    if request["why"]:
+        return f"placed on {request['why']}"
+    # Whoever decided may have gone before it told.
+    may_be_placed = request["state"] == "running" or any(entry["event"] == "started" for entry in request["timeline"])
+    return "no decision is known" if may_be_placed else "it was never placed"
 
 
 def _entry_lines(entry: dict[str, Any]) -> list[str]:

@@ -18,7 +18,15 @@ from weft.errors import SettingsError, WeftError
 from weft.exit_status import complain
 from weft.messages import HEARTBEAT_INTERVAL_S, Control, ControlReply, Heartbeat, WorkerStatus
 from weft.roster import Member, Roster
-from weft.settings import MeshSettings, OperatorSettings, PolicySettings, load
+from weft.settings import (
+    DrainSettings,
+    MeshSettings,
+    OperatorSettings,
+    PolicySettings,
+    TopSettings,
+    load,
+    load_with_words,
+)
 
 # Everybody has been heard by then.
 LISTEN_S: Final = 2.5 * HEARTBEAT_INTERVAL_S
@@ -32,7 +40,7 @@ T = TypeVar("T")
 def top(argv: Sequence[str]) -> int:
     """Show every instance: again and again on a terminal, once elsewhere."""
     try:
-        settings = load(OperatorSettings, argv, os.environ, prog="weft top")
+        settings = load(TopSettings, argv, os.environ, prog="weft top")
         asyncio.run(_top(settings))
     except WeftError as error:
         return complain("weft top", error)
@@ -42,23 +50,20 @@ def top(argv: Sequence[str]) -> int:
 def drain(argv: Sequence[str]) -> int:
     """`drain INSTANCE`: let it finish its work and end; returns when it has."""
     try:
-        if argv and not argv[0].startswith("-"):
-            settings = load(OperatorSettings, argv[1:], os.environ, prog="weft drain INSTANCE")
-            asyncio.run(_drain(settings, argv[0]))
-            return 0
-        load(OperatorSettings, argv, os.environ, prog="weft drain INSTANCE")
-        raise SettingsError("which instance? `weft top` lists them: weft drain INSTANCE")
+        settings, words = load_with_words(DrainSettings, argv, os.environ, prog="weft drain INSTANCE")
+        if len(words) != 1:
+            raise SettingsError("which instance? `weft top` lists them: weft drain INSTANCE")
+        asyncio.run(_drain(settings.operator, words[0]))
     except WeftError as error:
         return complain("weft drain", error)
+    return 0
 
 
 def policy(argv: Sequence[str]) -> int:
     """`policy [FAMILY=NAME ...]`: switch policies of every scheduler while they run, or only say what they are."""
-    prog = "weft policy [FAMILY=NAME ...]"
     try:
-        count = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
-        settings = load(PolicySettings, argv[count:], os.environ, prog=prog)
-        asyncio.run(_policy(settings, _read_changes(argv[:count])))
+        settings, words = load_with_words(PolicySettings, argv, os.environ, prog="weft policy [FAMILY=NAME ...]")
+        asyncio.run(_policy(settings, _read_changes(words)))
     except WeftError as error:
         return complain("weft policy", error)
     return 0
@@ -128,8 +133,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f}h"
 
 
-async def _top(settings: OperatorSettings) -> None:
-    observer = Observer(_bus(settings))
+async def _top(settings: TopSettings) -> None:
+    observer = Observer(_bus(settings.operator))
     try:
         await observer.start()
         await asyncio.sleep(LISTEN_S)
@@ -163,12 +168,14 @@ async def _drain(settings: OperatorSettings, instance: str) -> None:
         await observer.bus.close()
 
 
-def _read_changes(arguments: Sequence[str]) -> dict[str, str]:
+def _read_changes(words: Sequence[str]) -> dict[str, str]:
     changes: dict[str, str] = {}
-    for argument in arguments:
-        family, sign, name = argument.partition("=")
+    for word in words:
+        family, sign, name = word.partition("=")
         if not (family and sign and name):
-            raise SettingsError(f"{argument!r} is not FAMILY=NAME, as in order=srpt")
+            raise SettingsError(f"{word!r} is not FAMILY=NAME, as in order=srpt")
+        if family in changes:
+            raise SettingsError(f"{family} is given twice")
         changes[family] = name
     return changes
 
@@ -178,20 +185,36 @@ async def _policy(settings: PolicySettings, changes: Mapping[str, str]) -> None:
     try:
         await observer.start()
         await asyncio.sleep(LISTEN_S)
-        schedulers = [member.instance for member in observer.members() if member.role == "scheduler"]
+        members = observer.members()
+        schedulers = [member.instance for member in members if member.role == "scheduler"]
         if not schedulers:
             raise SettingsError("no scheduler is there")
-        for instance in schedulers:
-            reply = await observer.bus.ask(
-                subjects.control("scheduler", instance),
-                Control("policies", dict(changes), settings.model),
-                ControlReply,
-                timeout_s=ANSWER_S,
+        models = sorted({model for member in members for model in member.models})
+        if settings.model and settings.model not in models:
+            raise SettingsError(
+                f"--model: nobody serves {settings.model!r}; there is {', '.join(models) or 'no model'}"
             )
-            names = "  ".join(f"{family}={name}" for family, name in reply.policies.items())
-            sys.stdout.write(f"{instance}  {settings.model or 'all models'}  {names}\n")
+        for instance in schedulers:
+            found = await _policies_of(observer.bus, instance, settings.model, changes)
+            sys.stdout.write(_policy_line(instance, settings.model or "all models", found))
+            # What was said of one model alone.
+            for model in [] if settings.model else models:
+                own = await _policies_of(observer.bus, instance, model, {})
+                if own != found:
+                    sys.stdout.write(_policy_line(instance, model, own))
     finally:
         await observer.bus.close()
+
+
+async def _policies_of(bus: Bus, scheduler: str, model: str, changes: Mapping[str, str]) -> dict[str, str]:
+    """Those of a model, or of all if it is empty, after changes."""
+    control = Control("policies", dict(changes), model)
+    reply = await bus.ask(subjects.control("scheduler", scheduler), control, ControlReply, timeout_s=ANSWER_S)
+    return reply.policies
+
+
+def _policy_line(scheduler: str, model: str, policies: Mapping[str, str]) -> str:
+    return "  ".join([scheduler, model, *(f"{family}={name}" for family, name in policies.items())]) + "\n"
 
 
 async def _wait(observer: Observer, instance: str) -> Member:

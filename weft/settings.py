@@ -23,6 +23,8 @@ from weft.presets import PRESETS, WEFT
 
 T = TypeVar("T")
 PREFIX = "WEFT_"
+# Where the parser keeps arguments that are no flags.
+_WORDS = "words"
 # Headings in `--help`, where the attribute's name does not say it.
 _GROUPS = {"mesh": "joining the mesh"}
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -431,18 +433,35 @@ class ExplainSettings:
 
 @dataclass(frozen=True, slots=True)
 class OperatorSettings:
-    """How `weft top` and `weft drain` reach a mesh: on its bus."""
+    """How an operator's commands reach a mesh: on its bus."""
 
     nats_url: str = setting("", "NATS server of the mesh; that of the `weft up` that runs here if empty.")
     nats_user: str = setting("", "NATS user with an operator's rights; empty for a server without accounts.")
     nats_password: str = setting("", "Password of that user.", secret=True)
     data_path: str = setting("", "Data folder of the `weft up` to look at; ~/.cache/weft if empty.")
-    once: bool = setting(False, "Show one table and end, as is done without a terminal (`weft top`).")
+
+
+@dataclass(frozen=True, slots=True)
+class TopSettings:
+    """Show every instance of a mesh and its load, and go on showing it on a terminal."""
+
+    operator: OperatorSettings
+    once: bool = setting(False, "Show one table and end, as is done without a terminal.")
+
+
+@dataclass(frozen=True, slots=True)
+class DrainSettings:
+    """Let one instance finish its work and end, and wait until it has; `weft top` lists instances."""
+
+    operator: OperatorSettings
 
 
 @dataclass(frozen=True, slots=True)
 class PolicySettings:
-    """Switch policies of the schedulers while they run; without FAMILY=NAME, say what they are."""
+    """Switch policies of the schedulers while they run; without FAMILY=NAME, say what they are.
+
+    Families are admit, order, route and predict, and scale where `--scale` is on; `weft up --help` lists their names.
+    """
 
     operator: OperatorSettings
     model: str = setting("", "Model whose policies are meant; all models if empty.")
@@ -473,7 +492,8 @@ ALL_SETTINGS: tuple[type, ...] = (
     UpSettings,
     ChatSettings,
     ExplainSettings,
-    OperatorSettings,
+    TopSettings,
+    DrainSettings,
     PolicySettings,
     ComposeScaleSettings,
     AdviceSettings,
@@ -536,14 +556,32 @@ def load(
         SettingsError: names the flag or variable and what is wrong with it.
         SystemExit: after printing, for `--help`.
     """
+    return _load(cls, argv, environ, _parser(cls, declared(cls), prog, command))[0]
+
+
+def load_with_words(cls: type[T], argv: Sequence[str], environ: Mapping[str, str], *, prog: str) -> tuple[T, list[str]]:
+    """As `load`, for a command with arguments that are no flags. Returns: the settings, and these words in their order.
+
+    Raises: as `load`.
+    """
+    parser = _parser(cls, declared(cls), prog, None)
+    parser.add_argument(_WORDS, nargs="*", help=argparse.SUPPRESS)
+    return _load(cls, argv, environ, parser)
+
+
+def _load(
+    cls: type[T], argv: Sequence[str], environ: Mapping[str, str], parser: argparse.ArgumentParser
+) -> tuple[T, list[str]]:
     settings = declared(cls)
     _check_variables(environ)
-    flags = vars(_parser(cls, settings, prog, command).parse_args(list(argv)))
+    # Words and flags in any order.
+    flags = vars(parser.parse_intermixed_args(list(argv)))
+    words: list[str] = flags.pop(_WORDS, [])
     given = {item.path: value for item in settings if (value := _given(item, flags, environ)) is not None}
     presets = {value for path, value in given.items() if path[-1] == "preset"}
     preset = PRESETS[presets.pop()].settings if presets else {}
     values = {item.path: given.get(item.path, preset.get(item.name, item.default)) for item in settings}
-    return _build(cls, (), values)
+    return _build(cls, (), values), words
 
 
 def _given(item: Declared, flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Any:

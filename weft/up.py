@@ -101,9 +101,17 @@ def _check_fork(settings: UpSettings) -> None:
 
 def _with_scaling(settings: UpSettings) -> UpSettings:
     """With scaling all workers that there may ever be are planned for; fewer are started."""
-    if settings.scheduler.scale == "none":
+    scheduler = settings.scheduler
+    if scheduler.scale == "none":
+        for flag, value in (("--prewarm", settings.prewarm), ("--min-workers", scheduler.min_workers)):
+            if value:
+                raise SettingsError(f"{flag}: it is for --scale, which is none; --workers says how many there are")
         return settings
-    settings = dataclasses.replace(settings, workers=settings.scheduler.max_workers)
+    if settings.workers > scheduler.max_workers:
+        raise SettingsError(
+            f"--workers: {settings.workers} are more than --scale may start: --max-workers says how many"
+        )
+    settings = dataclasses.replace(settings, workers=scheduler.max_workers)
     if set(_worker_roles(settings)) - {"both"}:
         raise SettingsError("--scale: it counts workers that prefill and decode; give --role both as well")
     return settings
@@ -158,6 +166,10 @@ def _tell_policies(settings: UpSettings, roles: Sequence[WorkerRole]) -> str:
     preset, scheduler, worker = PRESETS[settings.scheduler.preset], settings.scheduler, settings.worker
     names = [f"{family}={getattr(scheduler, family)}" for family in preset.policies]
     told = f"Preset {scheduler.preset}: {' '.join(names)} batching={worker.batching}"
+    if worker.reserve != "paged":
+        told += f" reserve={worker.reserve}"
+    if scheduler.scale != "none":
+        return told + f"; {scheduler.min_workers} to {scheduler.max_workers} workers, by scale={scheduler.scale}"
     if set(roles) - {"both"}:
         return told + "; workers: " + ", ".join(f"{count} {role}" for role, count in Counter(roles).items())
     if worker.role == "auto" and len(preset.roles) > 1 and roles:

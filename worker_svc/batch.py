@@ -286,7 +286,8 @@ def _plan_prefill_first(draft: _Draft) -> None:
 def _plan_static(draft: _Draft) -> None:
     """A batch starts when the one before has wholly ended, so the places of those that end early stay empty.
 
-    The baseline that continuous batching is measured against (Yu et al. 2022, Orca, section 2).
+    Invariant: no step admits anybody while others run. Source: the baseline that continuous batching is measured
+    against (Yu et al. 2022, Orca, section 2).
     """
     _continue_running(draft)
     if draft.running or draft.preempted:

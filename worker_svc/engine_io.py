@@ -137,7 +137,7 @@ class EngineLoad:
     num_accepted_tokens: int = 0  # of these, that came
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
-    step_s: float = 0.0  # of recent steps
+    step_s: float = 0.0  # of recent steps that decode
     device_busy_share: float = 0.0  # of the time of recent steps that the device computed
     loaded: float = 0.0  # share of the weights
     warm_up_s: float = 0.0  # of the start, after the weights were there

@@ -45,7 +45,7 @@ class StepRates:
 
     prefill: Rate = field(default_factory=Rate)  # tokens of prompts, in steps with any
     decode: Rate = field(default_factory=Rate)  # tokens that came of other steps
-    step_s: float = 0.0  # of a step; 0 until there was one
+    step_s: float = 0.0  # of a step that decodes, which is what a stream waits for a token; 0 until there was one
 
     def add(self, work: Work, num_emitted: int, seconds: float, num_steps: int = 1) -> None:
         """Count a step in, or several that were alike, which weigh as much as one of their length.
@@ -57,6 +57,8 @@ class StepRates:
             self.prefill.add(work.num_new, seconds)
         else:
             self.decode.add(num_emitted, seconds)
+        if not work.num_sequences:
+            return
         mean = seconds / num_steps
         self.step_s = (1 - STEP_WEIGHT) * self.step_s + STEP_WEIGHT * mean if self.step_s else mean
 

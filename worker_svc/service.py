@@ -42,7 +42,7 @@ from weft.telemetry import totals
 from worker_svc.checks import check_request
 from worker_svc.engine_io import ENGINE_TOTALS, Add, Drop, EngineLoad, EngineThread, StepOutput, TokenRow
 from worker_svc.held import HeldRequest, HeldTable
-from worker_svc.kv_transfer import KvTransfer
+from worker_svc.kv_transfer import PATIENCE_S, KvTransfer
 from worker_svc.null_engine import NullEngine
 from worker_svc.reports import Reports
 
@@ -148,7 +148,9 @@ class WorkerService:
         """Without a transfer the engine is never told of a cache service, and so neither offloads nor loads."""
         if engine.block_bytes and (self._settings.kv_offload != "never" or self._settings.kv_load != "never"):
             bus = Bus(self._settings.mesh, "worker", f"{self._instance}-kv")
-            self._kv = KvTransfer(bus, engine)
+            # Who only decodes gets prompts that were computed a moment ago.
+            patience_s = PATIENCE_S if self._settings.role == "decode" else 0.0
+            self._kv = KvTransfer(bus, engine, patience_s=patience_s)
             await self._kv.start()
             self._watch_caches()
 

@@ -55,18 +55,23 @@ def size(argv: Sequence[str]) -> int:
         case = options.make_cases(options.read_traces(given), given, 1, knobs)[0]
         wanted = f"{100 * given.share:g} % of {len(case.trace.arrivals):,} requests"
         sys.stdout.write(f"Of the workers looked for, each is {knobs.hardware.what}; wanted: {wanted} are good.\n")
-        answer = _search(case, knobs, given.share, given.max_workers)
+        tried: list[int] = []
+        answer = _search(case, knobs, given.share, given.max_workers, tried)
     except WeftError as error:
         return complain("weft size", error)
     if answer is None:
-        sys.stderr.write(f"weft size: not even with {given.max_workers} workers are {wanted} good\n")
+        why = "" if tried[-1] == given.max_workers else "; a quarter of them were no worse, so more will not help"
+        sys.stderr.write(f"weft size: not even with {tried[-1]} workers are {wanted} good{why}\n")
         return FAILED
-    sys.stdout.write(f"{answer} workers are enough.\n")
+    sys.stdout.write("1 worker is enough.\n" if answer == 1 else f"{answer} workers are enough.\n")
     return 0
 
 
-def _search(case: Case, knobs: Knobs, share: float, most: int) -> int | None:
+def _search(case: Case, knobs: Knobs, share: float, most: int, tried: list[int]) -> int | None:
+    """Mutates: `tried`, to which each number of workers is added."""
+
     def share_with(num_workers: int) -> float:
+        tried.append(num_workers)
         summary = play(options.with_workers(case, num_workers, knobs)).summary
         sys.stdout.write(
             f"{num_workers:5} workers: {100 * summary.share_good:5.1f} % good; p99 of time to first token "

@@ -88,5 +88,6 @@ def find(name: str) -> Hardware:
         return HARDWARE[name]
     path = Path(name)
     if not path.exists():
-        raise SettingsError(f"no hardware {name!r} and no such file; there are {', '.join(HARDWARE)}")
+        known = f"{', '.join(HARDWARE)}, and files of `weft calibrate --out`"
+        raise SettingsError(f"no hardware {name!r} and no such file; there are {known}")
     return read_hardware("hardware", path)

@@ -179,13 +179,15 @@ def _ignore_interrupts() -> None:
 def find_size(share_with: Callable[[int], float], share: float, most: int) -> int | None:
     """The fewest workers with which `share_with` is at least `share`, None if even `most` are too few.
 
-    Doubling, then bisection: more workers are taken to be never worse, which chance may contradict by a worker.
+    Doubling, then bisection: more workers are taken to be never worse, which chance may contradict by a worker. None
+    too where doubling twice made no request good: what is late on a worker of its own is late on any number.
     """
-    low, high = 0, 1
-    while share_with(high) < share:
-        if high == most:
+    low, high, found = 0, 1, [share_with(1)]
+    while found[-1] < share:
+        if high == most or (len(found) > 2 and 0 < found[-3] == found[-2] == found[-1]):
             return None
         low, high = high, min(2 * high, most)
+        found.append(share_with(high))
     while high - low > 1:
         middle = (low + high) // 2
         if share_with(middle) >= share:

@@ -113,6 +113,8 @@ def read(path: str | Path, *, spread: bool = True, drawn: Drawing = DRAWING) -> 
         trace = Trace(name, _in_order(_read_azure(text, path)), UNSHARED_BLOCK)
     elif text.startswith("num_prefill_tokens"):
         trace = Trace(name, tuple(_draw_poisson(text, path, drawn)), UNSHARED_BLOCK)
+    elif not text.strip():
+        raise SettingsError(f"trace {path} is empty")
     else:
         raise SettingsError(f"trace {path} is neither JSON lines, nor Azure's or Vidur's CSV, nor a tar of ServeGen's")
     if not trace.arrivals:

@@ -72,7 +72,10 @@ class AdmitPolicy(Protocol):
 
 
 class Open:
-    """Every request is taken. For benchmarks, and meshes whose gateways bound what comes in."""
+    """Every request is taken, whatever waits. Source: the baseline that rejection is compared with.
+
+    For benchmarks, and meshes whose gateways bound what comes in.
+    """
 
     name = "open"
     uses_load = False
@@ -115,20 +118,29 @@ class EarlyReject:
     Its first token is expected when all that is queued, and itself, are prefilled by all workers together, at the rates
     that they measure beside their decodes, and when what has no place yet has had one; the time from token to token is
     that of the decodes that run now. Whichever is more than its objective refuses it, before anything is computed in
-    vain.
+    vain. Workers that do nothing measure nothing: what they measured last, of a short prompt or a step full of prompts,
+    would refuse all that comes for ever. Where that is all that is known, a request that meets nobody is taken.
     Invariant: without objectives nothing is refused. Source: Mooncake's early rejection (arXiv 2407.00079,
     section 7.3), whose load of decodes is that of this moment, so that pools swing against each other.
     """
 
     name = "early_reject"
 
-    def __init__(self, cost: CostModel, objectives: Mapping[str, Objectives], also: AdmitPolicy) -> None:
-        """`also`: bounds what waits in any case."""
+    def __init__(
+        self,
+        cost: CostModel,
+        objectives: Mapping[str, Objectives],
+        also: AdmitPolicy,
+        *,
+        is_calibrated: bool = True,
+    ) -> None:
+        """`also`: bounds what waits in any case; `is_calibrated`: `cost` is not of what workers measured lately."""
         # Of what runs nobody need know where nothing is promised.
         self.uses_load = any(promised != NOTHING_PROMISED for promised in objectives.values())
         self._cost = cost
         self._objectives = objectives
         self._also = also
+        self._is_calibrated = is_calibrated
 
     def decide(self, request: TokenizedRequest, backlog: BacklogView, load: Callable[[], LoadView]) -> WeftError | None:
         if (error := self._also.decide(request, backlog, load)) is not None:
@@ -137,6 +149,8 @@ class EarlyReject:
         if objectives == NOTHING_PROMISED:
             return None
         view = load()
+        if not (self._is_calibrated or view.num_running or view.num_queued_tokens or backlog.num_requests):
+            return None
         ttft_s = CAUTION * (self._queue_s(view) + self._cost.prefill_s(request.num_tokens))
         if ttft_s > objectives.ttft_s:
             return _late("a first token", ttft_s, objectives.ttft_s, ttft_s - objectives.ttft_s)
@@ -168,8 +182,8 @@ class PredictedReject(EarlyReject):
     """As `early_reject`, but for the decodes that will run when this request's prefill ends.
 
     Those that are predicted to end before do not count, and those that will have been prefilled by then do.
-    Source: Mooncake's prediction-based early rejection (arXiv 2407.00079, section 7.4), with a predicted end for each
-    request where it has one time t_d for all.
+    Invariant: that of `early_reject`. Source: Mooncake's prediction-based early rejection (arXiv 2407.00079, section
+    7.4), with a predicted end for each request where it has one time t_d for all.
     """
 
     name = "predicted_reject"
@@ -200,18 +214,20 @@ class AdmitContext:
     max_tokens: int
     cost: CostModel
     objectives: Mapping[str, Objectives]
+    is_calibrated: bool = True  # whether `cost` is, or of what workers measured lately
 
 
 ADMITS: Final[dict[str, Callable[[AdmitContext], AdmitPolicy]]] = {
     "open": lambda context: Open(),
     "bounded": lambda context: Bounded(context.max_requests, context.max_tokens),
-    "early_reject": lambda context: EarlyReject(context.cost, context.objectives, _bounds(context)),
-    "predicted_reject": lambda context: PredictedReject(context.cost, context.objectives, _bounds(context)),
+    "early_reject": lambda context: _rejecting(EarlyReject, context),
+    "predicted_reject": lambda context: _rejecting(PredictedReject, context),
 }
 
 
-def _bounds(context: AdmitContext) -> Bounded:
-    return Bounded(context.max_requests, context.max_tokens)
+def _rejecting(kind: type[EarlyReject], context: AdmitContext) -> EarlyReject:
+    bounds = Bounded(context.max_requests, context.max_tokens)
+    return kind(context.cost, context.objectives, bounds, is_calibrated=context.is_calibrated)
 
 
 def _decode_s(backlog: BacklogView) -> float:

@@ -8,7 +8,6 @@ its worker goes before all others whatever the policy: its client has been promi
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Protocol
 
@@ -197,7 +196,8 @@ class Srpt(_ByKey):
 class Edf(_ByKey):
     """The earliest deadline for a first token first; those without one last.
 
-    Invariant: deadlines leave in order. Source: Liu and Layland 1973; deadlines are those of SLO classes.
+    Invariant: deadlines leave in order. Those without one may starve. Source: Liu and Layland 1973; deadlines are those
+    of SLO classes.
     """
 
     name = "edf"
@@ -233,38 +233,33 @@ class Mlfq:
     name = "mlfq"
 
     def __init__(self) -> None:
-        self._levels: list[deque[tuple[int, str]]] = [deque() for _ in range(NUM_LEVELS)]
+        self._levels = [Fcfs() for _ in range(NUM_LEVELS)]
         self._recovered = Fcfs()
-        self._waiting: dict[str, Waiting] = {}
+        self._queue_of: dict[str, Fcfs] = {}
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._recovered)
+        return len(self._queue_of)
 
     def __iter__(self) -> Iterator[Waiting]:
-        return iter([*self._waiting.values(), *self._recovered])
+        return iter([waiting for queue in (self._recovered, *self._levels) for waiting in queue])
 
     def add(self, waiting: Waiting, now: float) -> None:
         request = waiting.request
-        if request.is_recovered:
-            self._recovered.add(waiting, now)
-            return
-        self._waiting[request.request_id] = waiting
-        self._levels[_level_of(waiting)].append((waiting.ticket, request.request_id))
+        queue = self._recovered if request.is_recovered else self._levels[_level_of(waiting)]
+        queue.add(waiting, now)
+        self._queue_of[request.request_id] = queue
 
     def head(self, now: float) -> Waiting | None:
         if (recovered := self._recovered.head(now)) is not None:
             return recovered
-        heads = [head for level in self._levels if (head := self._first(level)) is not None]
+        heads = [head for level in self._levels if (head := level.head(now)) is not None]
         starved = [waiting for waiting in heads if now - waiting.since > STARVATION_S]
         if starved:
             return min(starved, key=lambda waiting: waiting.since)
         return heads[0] if heads else None
 
     def remove(self, request_id: str) -> None:
-        if request_id in self._waiting:
-            del self._waiting[request_id]
-        else:
-            self._recovered.remove(request_id)
+        self._queue_of.pop(request_id).remove(request_id)
 
     def quantum(self, waiting: Waiting) -> int | None:
         level = _level_of(waiting)
@@ -280,15 +275,6 @@ class Mlfq:
 
     def on_ended(self, tenant: str, predicted: float, actual: int) -> None:
         pass
-
-    def _first(self, level: deque[tuple[int, str]]) -> Waiting | None:
-        while level:
-            ticket, request_id = level[0]
-            waiting = self._waiting.get(request_id)
-            if waiting is not None and waiting.ticket == ticket:
-                return waiting
-            level.popleft()
-        return None
 
 
 class Fair:

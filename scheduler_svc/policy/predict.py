@@ -85,7 +85,10 @@ class PredictPolicy(Protocol):
 
 
 class NoPrediction:
-    """Every request generates what it may, or a fixed number if it does not say. Source: what engines reserve for."""
+    """Every request generates what it may, or a fixed number if it does not say.
+
+    Invariant: nothing that ended changes a prediction. Source: what engines reserve for.
+    """
 
     name = "none"
 

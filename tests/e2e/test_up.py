@@ -118,6 +118,33 @@ async def test_drain_of_nobody_says_who_is_there(mesh: Up) -> None:
     assert "no instance 'worker-9'; there is gateway-0, tokenizer-0, scheduler-0, worker-0, cache-0" in refused.stderr
 
 
+async def test_policies_are_shown_and_switched_for_all_models_and_for_one(mesh: Up) -> None:
+    usual = "admit=predicted_reject  order={}  route=least_prefill  predict=bucket\n"
+    for words, shown in [
+        ([], [("all models", "fcfs")]),
+        (["order=srpt", "--model", MODEL], [(MODEL, "srpt")]),
+        ([], [("all models", "fcfs"), (MODEL, "srpt")]),
+        (["order=fcfs"], [("all models", "fcfs")]),
+    ]:
+        said = mesh.command("policy", *words)
+        assert said.stdout == "".join(f"scheduler-0  {of}  {usual.format(order)}" for of, order in shown), said.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "sentence"),
+    [
+        (["order=lifo"], 1, "no order policy 'lifo'; there are fcfs, priority"),
+        (["batching=static"], 1, "no policy family 'batching' of schedulers; there are admit, order, route, predict"),
+        (["order=fcfs", "--model", "tails"], 2, f"--model: nobody serves 'tails'; there is {MODEL}"),
+        (["scale=queue"], 1, "scaling is off: it is switched on at the start, by --scale"),
+    ],
+)
+async def test_policy_that_is_not_there_is_said(mesh: Up, words: list[str], status: int, sentence: str) -> None:
+    refused = mesh.command("policy", *words)
+    assert (refused.returncode, refused.stdout) == (status, "")
+    assert sentence in refused.stderr
+
+
 async def test_chat_answers_and_keeps_the_conversation(mesh: Up) -> None:
     talk = mesh.command("chat", "--max-tokens", "5", stdin="Hello\n/reset\nTell me a tale\n/nonsense\n/quit\n")
     assert talk.returncode == 0, talk.stderr

@@ -53,6 +53,7 @@ def test_sentence_says_what_was_passed_over_and_what_was_planned() -> None:
     text = sentence(make_decision("w1", scores=scores, rule="unbalanced", expected_ttft_s=0.25, stop_after=1))
     assert "unbalanced: holds none of 14 prompt blocks, w2 14; 1 sequence there" in text
     assert text.endswith("first token expected within 0.25 s; to be handed back after 1 token")
+    assert "expected" not in sentence(make_decision(expected_ttft_s=0.0)), "nobody has measured anything yet"
     assert sentence(make_decision(num_candidates=1, scores=scores[:1])).endswith("the only worker with room")
 
 

@@ -34,7 +34,7 @@ def test_every_name_makes_a_policy_of_that_name(family: str) -> None:
 
 def test_unknown_family_or_name_is_refused_and_changes_nothing() -> None:
     state = make_state()
-    with pytest.raises(InvalidRequest, match="no policy family 'colour'; there are admit, order, route, predict"):
+    with pytest.raises(InvalidRequest, match="no policy family 'colour' of schedulers; there are admit, order"):
         state.set_policies({"order": "srpt", "colour": "red"}, None, 0.0)
     with pytest.raises(InvalidRequest, match="no order policy 'lifo'; there are fcfs, priority"):
         state.set_policies({"order": "lifo"}, "tales", 0.0)

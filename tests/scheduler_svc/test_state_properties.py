@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler_svc.actions import Action, Dispatch, Dropped, Lost, Queued, Reject
+from scheduler_svc.policy.order import ORDERS
 from scheduler_svc.policy.route import ROUTES
 from scheduler_svc.state import ClusterState
 from tests.support.scheduling import SCHEDULER, make_maker, make_request, make_state, make_status
@@ -52,8 +53,9 @@ class Place(NamedTuple):
 class Simulation:
     """A scheduler, its workers, and what the test believes of each request."""
 
-    def __init__(self, route: str) -> None:
-        self.state: ClusterState = make_state(make_maker(4, 10_000), admit="bounded", route=route)
+    def __init__(self, route: str, order: str = "fcfs") -> None:
+        self.order = order
+        self.state: ClusterState = make_state(make_maker(4, 10_000), admit="bounded", route=route, order=order)
         self.workers = {name: FakeWorker(name) for name in WORKERS}
         self.now = 0.0
         self.num_schedulers = 1
@@ -179,7 +181,10 @@ class Simulation:
         assert worker.is_up and not worker.is_draining and MODELS[worker.name] == request.model
         assert key not in self.ended
         place = self.waiting.pop(key)
-        assert all(place < other for other in self.waiting.values() if other.model == place.model), "out of order"
+        others = [other for other in self.waiting.values() if other.model == place.model]
+        # By any order, those that had begun go first, as they came.
+        earlier = others if self.order == "fcfs" or not place.is_new else [o for o in others if not o.is_new]
+        assert all(place < other for other in earlier), "out of order"
         worker.inbox.append(request)
         assert worker.num_held <= MAX_NUM_SEQS, "a worker got more than it has room for"
         share = -(-worker.free // self.num_schedulers)
@@ -210,6 +215,16 @@ def test_every_request_has_one_end_and_no_worker_too_many(plan: list[tuple[Any, 
     simulation.take(simulation.state.drain())
     assert not simulation.waiting
     assert simulation.state.num_waiting == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(steps, max_size=60), st.sampled_from(sorted(ORDERS)))
+def test_by_every_order_nobody_waits_while_there_is_room(plan: list[tuple[Any, ...]], order: str) -> None:
+    # After each step `check` refuses a head that waits while a worker has room for it.
+    simulation = Simulation("least_loaded", order)
+    simulation.run(plan)
+    simulation.take(simulation.state.drain())
+    assert not simulation.waiting
 
 
 @settings(max_examples=30, deadline=None)

@@ -140,6 +140,23 @@ def test_instance_is_no_choice_of_the_users(capsys: pytest.CaptureFixture[str]) 
     assert "`weft up` names its processes itself" in sentence(["up", "--instance", "x"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prewarm", "1"], "--prewarm: it is for --scale, which is none; --workers says how many there are"),
+        (["--min-workers", "2"], "--min-workers: it is for --scale, which is none; --workers says how many there are"),
+        (
+            ["--scale", "queue", "--workers", "2"],
+            "--workers: 2 are more than --scale may start: --max-workers says how many",
+        ),
+    ],
+)
+def test_numbers_of_workers_that_mean_nothing_are_refused(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence(["up", *flags], capsys) == f"weft up: {said}"
+
+
 @pytest.mark.parametrize("flags", [["--device", "cuda"], ["--tensor-parallel", "2"]], ids=" ".join)
 def test_workers_are_forked_on_one_cpu_only(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert sentence(["up", "--fork", *flags], capsys) == (
@@ -147,13 +164,36 @@ def test_workers_are_forked_on_one_cpu_only(flags: list[str], capsys: pytest.Cap
     )
 
 
-@pytest.mark.parametrize("argv", [["top"], ["drain", "worker-0"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["top"],
+        ["drain", "worker-0"],
+        ["drain", "--nats-user", "x", "worker-0"],
+        ["policy"],
+        ["policy", "order=srpt", "--model", "x", "route=random"],
+    ],
+    ids=" ".join,
+)
 def test_operators_are_told_that_nothing_runs(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "no `weft up` runs in" in sentence(argv, capsys)
 
 
-def test_drain_asks_which_instance(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "which instance?" in sentence(["drain"], capsys)
+@pytest.mark.parametrize("argv", [[], ["worker-0", "worker-1"], ["--nats-user", "x"]], ids=" ".join)
+def test_drain_asks_which_instance(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "which instance?" in sentence(["drain", *argv], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["order"], "'order' is not FAMILY=NAME, as in order=srpt"),
+        (["order="], "'order=' is not FAMILY=NAME, as in order=srpt"),
+        (["order=srpt", "order=fcfs"], "order is given twice"),
+    ],
+)
+def test_policy_says_what_is_no_change(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sentence(["policy", *words], capsys) == f"weft policy: {expected}"
 
 
 def test_chat_says_that_nothing_listens(taken_port: int, capsys: pytest.CaptureFixture[str]) -> None:

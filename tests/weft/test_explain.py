@@ -40,6 +40,17 @@ def test_each_prompt_has_its_own_time_line_and_gaps_are_named() -> None:
     assert text.endswith("running: no decision is known\n")
 
 
+@pytest.mark.parametrize(
+    ("events", "why"),
+    [(("received", "failed"), "it was never placed"), (("received", "started", "failed"), "no decision is known")],
+)
+def test_request_that_failed_is_not_said_to_be_placed(events: tuple[str, ...], why: str) -> None:
+    timeline = [{"event": event, "at_s": 0.0, "text": ""} for event in events]
+    request = {"request_id": "r0", "state": "failed", "why": "", "num_left_out": 0, "timeline": timeline}
+    text = explain.to_text({"id": "cmpl-1", "model": "tales", "requests": [request]})
+    assert text.endswith(f"failed: {why}\n")
+
+
 def test_answer_of_something_else_is_named() -> None:
     with pytest.raises(Unavailable, match="cannot be read"):
         explain._read({"requests": [{}], "id": "x", "model": "m"})

@@ -88,6 +88,11 @@ def test_plan_says_when_workers_are_too_few_to_divide(tmp_path: Path) -> None:
     assert made.policies.endswith("; all workers prefill and decode, since apart takes --workers 2 or more")
 
 
+def test_plan_says_how_many_workers_scaling_may_start_and_what_is_reserved(tmp_path: Path) -> None:
+    made = plan(tmp_path, "--scale", "queue", "--max-workers", "3", "--reserve", "reserve_max")
+    assert made.policies.endswith("batching=chunked reserve=reserve_max; 0 to 3 workers, by scale=queue")
+
+
 def test_a_role_that_is_given_is_that_of_all_workers(tmp_path: Path) -> None:
     made = plan(tmp_path, "--preset", "mooncake", "--workers", "2", "--role", "both")
     assert roles_in(made) == ["both", "both"]

@@ -8,7 +8,7 @@ from weft import settings as s
 from weft.errors import SettingsError
 
 # What a user runs, beside the services.
-COMMANDS = (s.UpSettings, s.ChatSettings, s.OperatorSettings, s.PolicySettings)
+COMMANDS = (s.UpSettings, s.ChatSettings, s.TopSettings, s.DrainSettings, s.PolicySettings)
 
 
 def test_defaults_need_nothing() -> None:
@@ -21,6 +21,12 @@ def test_flag_wins_over_environment() -> None:
     environ = {"WEFT_MAX_QUEUED_REQUESTS": "5", "WEFT_ROUTE": "round_robin"}
     loaded = s.load(s.SchedulerSettings, ["--route", "least_loaded"], environ)
     assert (loaded.route, loaded.max_queued_requests) == ("least_loaded", 5)
+
+
+@pytest.mark.parametrize("argv", [["a", "b", "--model", "m"], ["--model", "m", "a", "b"], ["a", "--model", "m", "b"]])
+def test_words_and_flags_come_in_any_order(argv: list[str]) -> None:
+    loaded, words = s.load_with_words(s.PolicySettings, argv, {}, prog="weft policy")
+    assert (loaded.model, words) == ("m", ["a", "b"])
 
 
 @pytest.mark.parametrize(

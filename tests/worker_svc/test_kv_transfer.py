@@ -73,10 +73,10 @@ class Worker:
         stats = self.transfer.stats()
         return sum(stats[f"offload_{name}_total"] for name in ("sent", "already_held", "dropped", "failed"))
 
-    async def load(self, numbers: Sequence[int]) -> int:
+    async def load(self, numbers: Sequence[int], epoch: int = 0) -> int:
         """How many blocks came, each checked."""
         self.engine.answers.clear()
-        self.transfer.load(LoadWanted("r1", 0, tuple(HASHES[number] for number in numbers)))
+        self.transfer.load(LoadWanted("r1", epoch, tuple(HASHES[number] for number in numbers)))
         await until(lambda: self.engine.answers)
         (answer,) = self.engine.answers
         assert answer.hashes == tuple(HASHES[number] for number in numbers[: len(answer.blocks)])
@@ -91,10 +91,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def worker(url: str, shards: Sequence[str], load_limit_s: float = 5.0, **limits: int) -> AsyncIterator[Worker]:
+async def worker(url: str, shards: Sequence[str], load_limit_s: float = 5.0, **limits: float) -> AsyncIterator[Worker]:
     engine = FakeEngine()
     bus = Bus(MeshSettings(nats_url=url), "worker", "w1-kv")
-    transfer = KvTransfer(bus, engine, load_limit_s=load_limit_s, **limits)
+    transfer = KvTransfer(bus, engine, load_limit_s=load_limit_s, **limits)  # type: ignore[arg-type]  # sizes are whole
     await transfer.start()
     transfer.set_shards(shards)
     try:
@@ -114,6 +114,26 @@ async def caches(url: str, *names: str) -> AsyncIterator[list[CacheService]]:
             await stack.enter_async_context(ring.running(context, service))
             services.append(service)
         yield services
+
+
+async def test_blocks_that_are_on_their_way_are_waited_for_where_another_worker_has_had_the_request(url: str) -> None:
+    async with (
+        caches(url, "c1"),
+        worker(url, ["c1"]) as prefills,
+        worker(url, ["c1"], load_limit_s=60.0, patience_s=60.0) as decodes,
+    ):
+        await prefills.offload(range(3))
+        assert await decodes.load(range(9)) == 3, "of a new request nothing is on its way"
+        loading = asyncio.create_task(decodes.load(range(9), epoch=1))
+        for number in range(3, 9):
+            await prefills.offload([number])
+        assert await loading == 9
+
+
+async def test_blocks_that_do_not_come_are_not_waited_for_any_longer(url: str) -> None:
+    async with caches(url, "c1"), worker(url, ["c1"]) as other, worker(url, ["c1"], 60.0, patience_s=0.02) as waits:
+        await other.offload(range(3))
+        assert await waits.load(range(9), epoch=1) == 3
 
 
 async def test_offloaded_blocks_are_loaded_by_another_worker(url: str) -> None:

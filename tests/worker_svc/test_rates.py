@@ -57,6 +57,13 @@ def test_seconds_of_a_step_begin_with_the_first_and_follow_slowly() -> None:
     assert rates_of((decode, 1, 2.0), (decode, 1, 3.0)).step_s == pytest.approx(2.1)
 
 
+def test_seconds_of_a_step_are_those_that_a_decode_waits() -> None:
+    rates = rates_of((Work(num_new=2000), 1, 9.0))
+    assert rates.step_s == 0
+    assert rates_of((Work(num_sequences=1), 1, 2.0), (Work(num_new=2000), 1, 9.0)).step_s == 2
+    assert rates_of((Work(num_new=100, num_sequences=1), 1, 3.0)).step_s == 3
+
+
 def test_steps_counted_in_together_are_rated_by_their_length_and_timed_by_their_mean() -> None:
     rates = StepRates()
     rates.add(Work(num_sequences=40), 40, 2.0, num_steps=10)

@@ -81,7 +81,7 @@ def test_size_is_the_fewest_that_are_enough(wanted: int) -> None:
 
     def share_with(num_workers: int) -> float:
         tried.append(num_workers)
-        return 1.0 if num_workers >= wanted else 0.5
+        return 1.0 if num_workers >= wanted else 0.9 * num_workers / wanted
 
     assert find_size(share_with, 0.95, 4096) == wanted
     assert len(tried) == len(set(tried)) <= 2 * math.ceil(math.log2(wanted) + 1)
@@ -92,7 +92,14 @@ def test_size_is_none_if_the_most_are_too_few() -> None:
 
     def share_with(num_workers: int) -> float:
         tried.append(num_workers)
-        return 0.9
+        return 0.09 * num_workers
 
     assert find_size(share_with, 0.95, 10) is None
     assert tried == [1, 2, 4, 8, 10]
+
+
+@pytest.mark.parametrize(("shares", "tried"), [((0.1, 0.8, 0.8, 0.8, 1.0), 4), ((0.0, 0.0, 0.0, 0.0, 1.0), 5)])
+def test_size_is_not_looked_for_where_more_workers_make_no_request_good(shares: tuple[float, ...], tried: int) -> None:
+    left = list(shares)
+    find_size(lambda num_workers: left.pop(0) if left else 1.0, 0.95, 4096)
+    assert len(shares) - len(left) == tried

@@ -105,6 +105,7 @@ def test_bad_line_is_named(line: str, told: str, tmp_path: Path) -> None:
         ("num_prefill_tokens,num_decode_tokens\n5,4\n5,x\n", "line 3 is not a request"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "has no requests"),
         ("a,b\n", "is neither JSON lines, nor"),
+        ("\n", "is empty"),
     ],
 )
 def test_bad_table_is_named(text: str, told: str, tmp_path: Path) -> None:

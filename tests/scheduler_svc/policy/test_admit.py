@@ -62,6 +62,17 @@ def test_bounded_refuses_what_passes_a_bound(num_requests: int, num_tokens: int,
     assert is_taken or isinstance(error, Overloaded)
 
 
+@given(st.lists(st.integers(1, 60), max_size=40))
+def test_bounded_keeps_its_bounds_but_for_one_request_that_alone_is_larger(sizes: list[int]) -> None:
+    policy, taken = Bounded(5, 50), list[int]()
+    for size in sizes:
+        backlog = make_view(num_requests=len(taken), num_tokens=sum(taken))
+        if refused(policy, make_load(backlog=backlog), num_tokens=size) is None:
+            taken.append(size)
+    assert len(taken) <= 5
+    assert sum(taken) <= 50 or len(taken) == 1
+
+
 def test_bounded_takes_a_large_request_into_an_empty_backlog() -> None:
     assert refused(Bounded(1, 10), make_load(), num_tokens=1000) is None
 
@@ -91,6 +102,16 @@ def test_first_token_waits_for_a_place_too() -> None:
     rates = {"prefill_tokens_per_s": 1000.0, "decode_tokens_per_s": 100.0}
     assert refused(policy, make_load(backlog=make_view(num_requests=1, num_new_tokens=50, **rates))) is None
     assert refused(policy, make_load(backlog=make_view(num_requests=1, num_new_tokens=200, **rates))) is not None
+
+
+@pytest.mark.parametrize("make", [EarlyReject, PredictedReject])
+def test_what_workers_measured_last_refuses_nothing_where_nobody_runs_or_waits(make: type[EarlyReject]) -> None:
+    slow, idle = CostModel(overhead_s=0.5, token_s=0.001), make_load()
+    policy = make(slow, TIGHT, Open(), is_calibrated=False)
+    assert refused(policy, idle, num_tokens=5000) is None
+    for busy in ({"num_running": 1}, {"num_queued_tokens": 1}, {"backlog": make_view(num_requests=1)}):
+        assert refused(policy, make_load(**busy), num_tokens=5000) is not None
+    assert refused(make(slow, TIGHT, Open()), idle, num_tokens=5000) is not None, "a calibration is right for ever"
 
 
 def test_early_reject_refuses_when_decodes_are_too_slow_now() -> None:
