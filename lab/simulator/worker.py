@@ -295,7 +295,7 @@ class SimWorker:
 
     def _rate(self, run: Run, seconds: float) -> None:
         count = run.num_steps
-        computed = Work(run.work.num_new * count)
+        computed = Work(run.work.num_new * count, num_sequences=run.work.num_sequences * count)
         self._rates.add(computed, len(run.plan.num_scheduled_tokens) * count, seconds, count)
         self._exchange.prefill_tokens_per_s = self._rates.prefill.per_s
 
