@@ -140,6 +140,10 @@ def test_instance_is_no_choice_of_the_users(capsys: pytest.CaptureFixture[str]) 
     assert "`weft up` names its processes itself" in sentence(["up", "--instance", "x"], capsys)
 
 
+def test_sockets_are_no_choice_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "`weft up` opens its sockets itself" in sentence(["up", "--listen-fds", "3"], capsys)
+
+
 @pytest.mark.parametrize("flags", [["--device", "cuda"], ["--tensor-parallel", "2"]], ids=" ".join)
 def test_workers_are_forked_on_one_cpu_only(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert sentence(["up", "--fork", *flags], capsys) == (
@@ -156,11 +160,13 @@ def test_drain_asks_which_instance(capsys: pytest.CaptureFixture[str]) -> None:
     assert "which instance?" in sentence(["drain"], capsys)
 
 
-def test_chat_says_that_nothing_listens(taken_port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        free = server.getsockname()[1]
-    assert cli.run(["chat", "--url", f"http://127.0.0.1:{free}"]) == 1
-    assert f"nothing listens at http://127.0.0.1:{free}" in capsys.readouterr().err
+def test_chat_says_that_nothing_listens(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as silent:
+        # Bound only: others do not get its port, and connections are refused.
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert cli.run(["chat", "--url", url]) == 1
+    assert f"nothing listens at {url}" in capsys.readouterr().err
 
 
 def test_private_files_are_private(home: Path) -> None:
