@@ -22,7 +22,7 @@ from gateway.metrics import Metrics
 from gateway.models import ModelTable
 from gateway.quota import Quotas
 from gateway.streams import Patience, Request, RequestTable
-from weft import subjects
+from weft import listen, subjects
 from weft.errors import Overloaded, SettingsError, Unavailable, WeftError
 from weft.messages import (
     Cancel,
@@ -99,7 +99,8 @@ class GatewayService:
         )
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, self._settings.host, self._settings.port, backlog=1024).start()
+            for site in self._sites(self._runner):
+                await site.start()
         except OSError as error:
             where = f"{self._settings.host}:{self._settings.port}"
             raise SettingsError(f"cannot listen on {where}: {error.strerror or error}") from error
@@ -138,6 +139,12 @@ class GatewayService:
         """The port that HTTP is served on."""
         assert self._runner is not None
         return int(self._runner.addresses[0][1])
+
+    def _sites(self, runner: web.AppRunner) -> list[web.BaseSite]:
+        settings = self._settings
+        if settings.listen_fds:
+            return [web.SockSite(runner, one, backlog=listen.BACKLOG) for one in listen.adopt(settings.listen_fds)]
+        return [web.TCPSite(runner, settings.host, settings.port, backlog=listen.BACKLOG)]
 
     # ---- gateway.app.Ring
 

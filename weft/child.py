@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class ChildSpec:
     role: Role | None
     argv: tuple[str, ...]
     environ: Mapping[str, str] = field(repr=False)
+    sockets: tuple[socket.socket, ...] = ()  # that each of its lives inherits, under their descriptors here
 
 
 class ChildProcess(Protocol):

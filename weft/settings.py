@@ -135,6 +135,11 @@ class GatewaySettings:
     mesh: MeshSettings
     host: str = setting("127.0.0.1", "Address that the HTTP server listens on; 0.0.0.0 to serve other machines.")
     port: int = setting(8000, "Port that the HTTP server listens on; 0 for any free one.", ge=0, le=65535)
+    listen_fds: str = setting(
+        "",
+        "Sockets to listen on instead, by their file descriptors (3,4), from whoever opened the port and keeps it: "
+        "systemd, or `weft up`, which sets this itself.",
+    )
     api_keys_file: str = setting("", "File with `tenant:sha256-of-key` lines; without one, no key is asked for.")
     tenants_file: str = _tenants_file()
     max_inflight: int = setting(

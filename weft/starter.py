@@ -63,7 +63,8 @@ class Starter:
             process = await self._template.fork(spec, log_path, environ)
         if process is None and spec.name in self._scaled:
             process = self._prewarmed.take(spec, log_path, environ)
-        return process or await _execute(spec.argv, {**spec.environ, **environ}, log_path)
+        descriptors = [listener.fileno() for listener in spec.sockets]
+        return process or await _execute(spec.argv, {**spec.environ, **environ}, log_path, descriptors=descriptors)
 
     async def end(self) -> None:
         """Kill those that wait to become workers. Call it when the tasks of `keep` have ended."""
@@ -82,7 +83,12 @@ class Starter:
 
 
 async def _execute(
-    argv: Sequence[str], environ: Mapping[str, str], log_path: Path, stdin: int = DEVNULL, stdout: int | None = None
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    log_path: Path,
+    stdin: int = DEVNULL,
+    stdout: int | None = None,
+    descriptors: Sequence[int] = (),
 ) -> Process:
     with log_path.open("ab") as target:
         return await asyncio.create_subprocess_exec(
@@ -93,4 +99,5 @@ async def _execute(
             stderr=target,
             # A session of its own: the terminal's Ctrl-C is for us, and we say who ends when.
             start_new_session=True,
+            pass_fds=descriptors,
         )  # fmt: skip

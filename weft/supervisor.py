@@ -388,6 +388,7 @@ class Supervisor:
     async def _end_all(self) -> None:
         """End the children in the order of the ring: nobody loses what it needs to finish what is running."""
         await self._starter.end()
+        self._close_sockets()
         for roles, patience_s in (
             (("gateway",), self._mesh.drain_s + END_S),
             (("tokenizer", "scheduler", "worker"), END_S),
@@ -402,6 +403,12 @@ class Supervisor:
         if self.nats:
             await self._end([self.nats], END_S)
         await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+
+    def _close_sockets(self) -> None:
+        """Leave what the children listen on to those that run: connections are refused once they have ended."""
+        for child in self.services.values():
+            for listener in child.spec.sockets:
+                listener.close()
 
     async def _end(self, children: Iterable[Child], patience_s: float) -> None:
         alive = [child for child in children if child.process and child.spec.name in self._keepers]

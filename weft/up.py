@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO, cast
 
-from weft import data_folder, model_folder, nats_server, subjects, template
+from weft import data_folder, listen, model_folder, nats_server, subjects, template
 from weft.child import ChildSpec
 from weft.data_folder import DataFolder, RunFile
 from weft.errors import SettingsError, WeftError
@@ -79,13 +78,17 @@ def main(argv: Sequence[str]) -> int:
         settings = load(UpSettings, argv, environ, prog="weft up")
         if settings.worker.mesh.instance:
             raise SettingsError("--instance: `weft up` names its processes itself")
+        if settings.gateway.listen_fds:
+            raise SettingsError("--listen-fds: `weft up` opens its sockets itself; give --host and --port")
         _check_fork(settings)
         folder, _ = data_folder.take(settings.data_path)
         model = model_folder.read(settings.worker.model)
         model_folder.digest(model)
-        settings = _with_port(_with_scaling(settings))
-        plan = make_plan(settings, model, folder, environ)
-        return asyncio.run(_run(settings, plan, folder, sys.stdout, began))
+        settings = _with_scaling(settings)
+        with listen.listening(settings.gateway.host, settings.gateway.port) as sockets:
+            settings = _with_port(settings, sockets[0].getsockname()[1])
+            plan = make_plan(settings, model, folder, environ, sockets)
+            return asyncio.run(_run(settings, plan, folder, sys.stdout, began))
     except WeftError as error:
         return complain("weft up", error)
 
@@ -126,8 +129,14 @@ def _scaled_and_not(settings: UpSettings, plan: Plan) -> tuple[list[ChildSpec], 
     return workers, [spec for spec in plan.specs if spec not in later]
 
 
-def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, environ: Mapping[str, str]) -> Plan:
-    """Which processes, with which environment."""
+def make_plan(
+    settings: UpSettings,
+    model: ModelFolder,
+    folder: DataFolder,
+    environ: Mapping[str, str],
+    sockets: Sequence[socket.socket] = (),
+) -> Plan:
+    """Which processes, with which environment. `sockets`: what the gateway listens on."""
     own_nats = not settings.nats_url
     passwords: dict[Role, str] = {role: secrets.token_hex(16) for role in subjects.PERMISSIONS} if own_nats else {}
     # Names must differ from those of every other `weft up` on a shared bus, of this host too.
@@ -145,8 +154,11 @@ def make_plan(settings: UpSettings, model: ModelFolder, folder: DataFolder, envi
         if role == "worker":
             mine |= {name: value for name, value in WORKER_ENVIRON.items() if name not in environ}
             mine |= _share_of_machine(settings, number, environ) | {"WEFT_ROLE": worker_roles[number]}
+        theirs = tuple(sockets) if role == "gateway" else ()
+        if theirs:
+            mine["WEFT_LISTEN_FDS"] = ",".join(str(one.fileno()) for one in theirs)
         argv = (sys.executable, "-P", "-m", _MODULES[role])
-        specs.append(ChildSpec(instance, role, argv, {**base, "PYTHONUNBUFFERED": "1", **mine}))
+        specs.append(ChildSpec(instance, role, argv, {**base, "PYTHONUNBUFFERED": "1", **mine}, theirs))
     host = {"127.0.0.1": "localhost", "0.0.0.0": "localhost", "::": "localhost"}.get(
         settings.gateway.host, settings.gateway.host
     )
@@ -224,18 +236,7 @@ def _gpus(environ: Mapping[str, str]) -> list[str]:
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
-def _with_port(settings: UpSettings) -> UpSettings:
-    """Check that the port is free, and choose one if any will do. Raises SettingsError."""
-    host, port = settings.gateway.host, settings.gateway.port
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            port = probe.getsockname()[1]
-    except OSError as error:
-        what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-        raise SettingsError(f"port {port} on {host} {what}: give another one with --port or --host") from error
+def _with_port(settings: UpSettings, port: int) -> UpSettings:
     return dataclasses.replace(settings, gateway=dataclasses.replace(settings.gateway, port=port))
 
 

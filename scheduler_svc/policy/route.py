@@ -83,7 +83,7 @@ class RoundRobin:
 
 
 class Random:
-    """Any candidate, each as likely. The baseline of every comparison."""
+    """Any candidate, each as likely. The baseline of every comparison. Source: folklore."""
 
     name = "random"
     uses_prefix = False

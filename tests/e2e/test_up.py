@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -93,6 +94,22 @@ async def test_killed_nats_is_back_at_once(mesh: Up) -> None:
     mesh.wait_for(r"nats is ready again", since=seen)
     received = [event async for event in events(mesh.url, max_tokens=5)]
     assert received
+
+
+async def test_a_killed_gateway_keeps_its_port_and_answers_who_connects_meanwhile(mesh: Up) -> None:
+    seen, gateway = len(mesh.lines), mesh.pid_of("-m gateway")
+    os.kill(gateway, signal.SIGKILL)
+    await until(lambda: not is_alive(gateway))
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server(("127.0.0.1", int(mesh.url.rpartition(":")[2]))).close()
+    async with aiohttp.ClientSession(mesh.url) as http:
+        async with http.get("/health") as answer:
+            assert answer.status == 200
+        mesh.wait_for(r"gateway-0 is ready again", since=seen)
+        async with asyncio.timeout(20):
+            # Until it has heard of the others.
+            while (await http.get("/ready")).status != 200:
+                pass
 
 
 async def test_top_lists_every_instance(mesh: Up) -> None:

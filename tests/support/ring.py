@@ -14,6 +14,7 @@ from weft.columns import pack_u32, unpack_u32
 from weft.errors import WeftError
 from weft.hashing import block_hashes, chain_root
 from weft.messages import (
+    HEARTBEAT_INTERVAL_S,
     Assignment,
     Cancel,
     Choice,
@@ -85,6 +86,22 @@ class Neighbours:
     def beat(self, epoch: int = 1, state: str = "ready") -> None:
         beat = Heartbeat("gateway", "g1", epoch, state)  # type: ignore[arg-type]  # one of State's
         self.gateway_bus.send(subjects.alive("gateway", "g1"), beat)
+
+    @asynccontextmanager
+    async def beating(self) -> AsyncIterator[None]:
+        """The gateway is there all the time: a worker drops what one holds that nobody hears for three seconds."""
+        loop = asyncio.get_running_loop()
+
+        def beat() -> None:
+            nonlocal timer
+            self.beat()
+            timer = loop.call_later(HEARTBEAT_INTERVAL_S, beat)
+
+        timer: asyncio.Handle = loop.call_soon(beat)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def tokens(self, slot: int, epoch: int = 0) -> list[int]:
         """What the gateway has of a stream, checked for order."""

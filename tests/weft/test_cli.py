@@ -140,6 +140,7 @@ def test_instance_is_no_choice_of_the_users(capsys: pytest.CaptureFixture[str]) 
     assert "`weft up` names its processes itself" in sentence(["up", "--instance", "x"], capsys)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -155,6 +156,10 @@ def test_numbers_of_workers_that_mean_nothing_are_refused(
     flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sentence(["up", *flags], capsys) == f"weft up: {said}"
+=======
+def test_sockets_are_no_choice_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "`weft up` opens its sockets itself" in sentence(["up", "--listen-fds", "3"], capsys)
+>>>>>>> helper-c
 
 
 @pytest.mark.parametrize("flags", [["--device", "cuda"], ["--tensor-parallel", "2"]], ids=" ".join)
@@ -196,11 +201,13 @@ def test_policy_says_what_is_no_change(words: list[str], expected: str, capsys: 
     assert sentence(["policy", *words], capsys) == f"weft policy: {expected}"
 
 
-def test_chat_says_that_nothing_listens(taken_port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        free = server.getsockname()[1]
-    assert cli.run(["chat", "--url", f"http://127.0.0.1:{free}"]) == 1
-    assert f"nothing listens at http://127.0.0.1:{free}" in capsys.readouterr().err
+def test_chat_says_that_nothing_listens(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as silent:
+        # Bound only: others do not get its port, and connections are refused.
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert cli.run(["chat", "--url", url]) == 1
+    assert f"nothing listens at {url}" in capsys.readouterr().err
 
 
 def test_private_files_are_private(home: Path) -> None:

@@ -19,6 +19,7 @@ def test_probe_believes_ready(ready: bool) -> None:
 
 
 def test_probe_of_nobody_is_no() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    assert not probe.is_ready(port)
+    with socket.socket() as silent:
+        # Bound only: others do not get its port, and connections are refused.
+        silent.bind(("127.0.0.1", 0))
+        assert not probe.is_ready(silent.getsockname()[1])

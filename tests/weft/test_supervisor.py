@@ -5,17 +5,18 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from tests.support.processes import children_of, command, is_alive
 from tests.support.wait import until
-from weft import data_folder, subjects
+from weft import data_folder, listen, subjects
 from weft.bus import Bus
 from weft.child import ChildSpec, News, StartFailed, describe_status, restart_delay
 from weft.data_folder import DataFolder
@@ -102,6 +103,19 @@ async def test_stop_ends_every_process_and_drains_those_that_are_ready(tmp_path:
     assert not any(is_alive(pid) for pid in pids)
     assert "draining" in running.folder.log("gateway-0").read_text()
     assert not [text for text in running.texts() if "died" in text]
+
+
+async def test_every_life_of_a_child_has_its_sockets_and_their_port_is_free_when_it_has_ended(tmp_path: Path) -> None:
+    with listen.listening("127.0.0.1", 0) as (listener,):
+        address, path = listener.getsockname(), f"fd/{listener.fileno()}"
+        ours = os.readlink(f"/proc/self/{path}")
+        running = make(tmp_path, replace(spec("gateway-0", "gateway"), sockets=(listener,)))
+        async with started(running):
+            assert os.readlink(f"/proc/{running.pid('gateway-0')}/{path}") == ours
+            os.kill(running.pid("gateway-0"), signal.SIGKILL)
+            await until(lambda: "gateway-0 is ready again" in " ".join(running.texts()))
+            assert os.readlink(f"/proc/{running.pid('gateway-0')}/{path}") == ours
+        socket.create_server(address).close()
 
 
 async def test_killed_child_is_announced_dead_and_started_again(tmp_path: Path) -> None:

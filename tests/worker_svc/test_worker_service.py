@@ -322,7 +322,10 @@ async def test_a_process_ends_with_0_when_told_to(url: str, near: Neighbours) ->
 @asynccontextmanager
 async def torch_worker(url: str, instance: str) -> AsyncIterator[WorkerService]:
     mesh = MeshSettings(nats_url=url, instance=instance, drain_s=5.0)
-    settings = WorkerSettings(mesh=mesh, model=ModelSettings(model="tales-1m"), threads=1, kv_memory=64 * 2**20)
+    # Plain torch: others are compiled at their first use, which may take longer than a test waits.
+    settings = WorkerSettings(
+        mesh=mesh, model=ModelSettings(model="tales-1m"), kernels="torch", threads=1, kv_memory=64 * 2**20
+    )
     context = Context("worker", mesh)
     service = WorkerService(settings, context)
     async with ring.running(context, service):
@@ -347,7 +350,7 @@ async def test_a_fresh_worker_goes_on_from_the_blocks_of_one_that_is_gone(url: s
             request_id, prompt=prompt, slots=[slot], max_tokens=12, model="tales-1m", model_digest=digest
         )
 
-    async with cache(url) as kept:
+    async with cache(url) as kept, near.beating():
         async with torch_worker(url, "w1") as first:
             await until(lambda: first.stats()["kv_shards"] == 1)
             near.assign("w1", request("r1", 0))
@@ -365,7 +368,7 @@ async def test_a_fresh_worker_goes_on_from_the_blocks_of_one_that_is_gone(url: s
 
 async def test_without_a_cache_service_a_worker_computes(url: str, near: Neighbours) -> None:
     digest = model_folder.digest(model_folder.read(ModelSettings(model="tales-1m")))
-    async with torch_worker(url, "w1") as service:
+    async with near.beating(), torch_worker(url, "w1") as service:
         near.assign("w1", make_request(prompt=range(300, 400), model="tales-1m", model_digest=digest))
         await until(near.finishes, timeout_s=30)
         assert near.finishes() == {0: FINISH_LENGTH}
