@@ -140,7 +140,6 @@ def test_instance_is_no_choice_of_the_users(capsys: pytest.CaptureFixture[str]) 
     assert "`weft up` names its processes itself" in sentence(["up", "--instance", "x"], capsys)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -156,10 +155,10 @@ def test_numbers_of_workers_that_mean_nothing_are_refused(
     flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sentence(["up", *flags], capsys) == f"weft up: {said}"
-=======
+
+
 def test_sockets_are_no_choice_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
     assert "`weft up` opens its sockets itself" in sentence(["up", "--listen-fds", "3"], capsys)
->>>>>>> helper-c
 
 
 @pytest.mark.parametrize("flags", [["--device", "cuda"], ["--tensor-parallel", "2"]], ids=" ".join)
