@@ -35,6 +35,7 @@ class ModelTable:
         self._bus = bus
         self._models: dict[str, Model] = {}
         self._wanted: set[str] = set()
+        self.any_known = asyncio.Event()
 
     def cards(self) -> list[ModelCard]:
         return [model.card for model in self._models.values()]
@@ -71,6 +72,7 @@ class ModelTable:
                     # Building the tables of a large vocabulary takes a second, which streams must not wait for.
                     vocabulary = await asyncio.to_thread(Vocabulary, text)
                     self._models[name] = Model(card, vocabulary)
+                self.any_known.set()
                 log.info("model known", extra={"model": name, "max_model_len": card.max_model_len})
                 return
             except Unavailable:

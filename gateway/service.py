@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import secrets
@@ -25,6 +26,7 @@ from gateway.streams import Patience, Request, RequestTable
 from weft import listen, subjects
 from weft.errors import Overloaded, SettingsError, Unavailable, WeftError
 from weft.messages import (
+    HEARTBEAT_INTERVAL_S,
     Cancel,
     Claims,
     Decisions,
@@ -53,6 +55,8 @@ QUERY_TIMEOUT_S: Final = 10.0
 SHUTDOWN_S: Final = 0.5
 # A loop that turns less often than this is stuck, not busy.
 LIVE_S: Final = 10.0
+# In which a mesh that is up is heard of: everybody's heartbeat, and what there is to know of a model.
+HEAR_S: Final = 3 * HEARTBEAT_INTERVAL_S
 # Who has been advised to start workers this lately does so for the next request.
 ADVISED_S: Final = 3.0
 _NEEDED: Final[tuple[Role, ...]] = ("tokenizer", "scheduler", "worker")
@@ -98,6 +102,11 @@ class GatewayService:
             self._routes.application(), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S
         )
         await self._runner.setup()
+        if self._settings.listen_fds:
+            # Whoever connected while the life before was over waits already, and not for a 503 that no model is known.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEAR_S):
+                    await self.model_table.any_known.wait()
         try:
             for site in self._sites(self._runner):
                 await site.start()
