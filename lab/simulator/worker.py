@@ -143,7 +143,7 @@ class SimWorker:
             end_length=end_length,
             stop_ids=frozenset(),
             root=None,
-            hashes=[BlockHash(block_hash) for block_hash in split_hashes(request.block_hashes)],
+            hashes=cast("list[BlockHash]", split_hashes(request.block_hashes)),
             end_finish=end_finish,
         )
         self._records[sequence] = record
@@ -279,12 +279,14 @@ class SimWorker:
             room = (len(sequence.block_table) + self.pool.num_free_blocks) * size - sequence.num_computed_tokens
             most = min((sequence.num_uncomputed_tokens - 1) // count, room // count)
         for sequence in sequences:
-            if sequence not in prefill:
-                most = min(
-                    most,
-                    sequence.end_length - len(sequence.token_ids),
-                    len(sequence.block_table) * size - sequence.num_computed_tokens,
-                )
+            if sequence in prefill:
+                continue
+            to_end = sequence.end_length - len(sequence.token_ids)
+            to_next_block = len(sequence.block_table) * size - sequence.num_computed_tokens
+            if to_end < most:
+                most = to_end
+            if to_next_block < most:
+                most = to_next_block
         return max(1, most)
 
     def _end(self, sequence: Sequence) -> None:
@@ -310,8 +312,11 @@ class SimWorker:
         return True
 
     def status(self) -> WorkerStatus:
-        waiting = sum(sequence.num_uncomputed_tokens for sequence in self.waiting)
-        waiting += sum(count for sequence in self.running if (count := sequence.num_uncomputed_tokens) > 1)
+        waiting = sum([len(sequence.token_ids) - sequence.num_computed_tokens for sequence in self.waiting])
+        for sequence in self.running:
+            lacking = len(sequence.token_ids) - sequence.num_computed_tokens
+            if lacking > 1:
+                waiting += lacking
         return WorkerStatus(
             worker=self.name,
             worker_epoch=1,

@@ -289,16 +289,21 @@ class PrebleE2:
         # The least work, and of several without any the least load.
         by_work = pool.by_own(self._by_work)
         depth, idlest = arrival.match.longest, by_work.first()
-        chosen, rule, seen = idlest, "explore", [idlest]
-        if depth and 2 * depth * BLOCK_SIZE >= arrival.num_tokens:
+        place, rule, seen = 0, "explore", [idlest]
+        if depth and 2 * depth * self._block_size >= arrival.num_tokens:
             holder = pool.by_rank.first(arrival.match.holders)
             seen.append(holder)
             if self._work(holder) <= self._imbalance * self._work(idlest) or holder.load <= idlest.load:
-                chosen, rule = holder, "exploit"
+                place, rule = 1, "exploit"
         if rule == "explore":
             seen += self._nearest(arrival, pool)
-            chosen = min(seen, key=lambda worker: self._cost_of(arrival, worker))
-        work = self._prefill_s(arrival, chosen) + arrival.remaining * self._cost.decode_s(1, arrival.num_tokens)
+        depths = arrival.match.depths([worker.bit for worker in seen])
+        prefills = [self._cost.prefill_s(arrival.num_tokens, depth * self._block_size) for depth in depths]
+        if rule == "explore":
+            costs = [self._work(worker) + prefill_s for worker, prefill_s in zip(seen, prefills, strict=True)]
+            place = costs.index(min(costs))
+        chosen = seen[place]
+        work = prefills[place] + arrival.remaining * self._cost.decode_s(1, arrival.num_tokens)
         self._given.append((arrival.now, chosen.name, work))
         self._add_work(chosen.name, work)
         by_work.put(chosen)
@@ -308,12 +313,6 @@ class PrebleE2:
         """Some that hold most of the prompt: the least loaded ones of the two longest matches."""
         for _, mask in islice(arrival.match.groups(arrival.match.levels[0][1] if arrival.match.levels else 0), 2):
             yield from islice(pool.by_rank.within(mask), MAX_SCORES)
-
-    def _cost_of(self, arrival: Arrival, worker: Worker) -> float:
-        return self._work(worker) + self._prefill_s(arrival, worker)
-
-    def _prefill_s(self, arrival: Arrival, worker: Worker) -> float:
-        return self._cost.prefill_s(arrival.num_tokens, arrival.match.depth(worker.bit) * BLOCK_SIZE)
 
     def _work(self, worker: Worker) -> float:
         return self._recent.get(worker.name, 0.0)

@@ -198,6 +198,8 @@ def test_preble_exploits_where_more_is_cached_than_not() -> None:
     workers = [make_worker(0), make_worker(1)]
     assert decide(PrebleE2(COST), workers, make_arrival(((5, 0b10),))).rule == "exploit"
     assert decide(PrebleE2(COST), workers, make_arrival(((4, 0b10),))).rule == "explore"
+    large = make_arrival(((5, 0b10),), num_tokens=10 * 512)
+    assert decide(PrebleE2(COST, block_size=512), workers, large).rule == "exploit"
 
 
 def test_preble_explores_where_least_work_was_given_of_late() -> None:
