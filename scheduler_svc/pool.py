@@ -209,10 +209,9 @@ class Order:
         flags = f"{bits:b}"[::-1].ljust(self.mask.bit_length(), "0")
         return (worker for worker in self._workers if flags[worker.bit] == "1")
 
-    def _sparse(self, bits: int) -> list[tuple[Key, Worker]]:
+    def _sparse(self, bits: int) -> Iterator[tuple[Key, Worker]]:
         """In no order."""
-        by_bit = self._by_bit
-        return [by_bit[bit] for bit in _numbers(bits)]
+        return map(self._by_bit.__getitem__, _numbers(bits))
 
     def _remove(self, key: Key) -> None:
         place = bisect_left(self._sorted, key)

@@ -218,14 +218,12 @@ class Simulation:
             self._end(record)
         if ends_at is not None:
             self._wake_after(worker, ends_at)
-        news = worker.kv_events()
-        if news is not None:
-            events, stored = news
-            self._at(self._now + self._setup.hop_s, self._tell_blocks, events)
-            if self._kv is not None:
-                self._store(worker, stored, self._kv)
-        if worker.has_news():
-            self._at(self._now + self._setup.hop_s, self._report, worker)
+        events, stored = worker.kv_events() or (None, ())
+        has_news = worker.has_news()
+        if events is not None or has_news:
+            self._at(self._now + self._setup.hop_s, self._hear, worker, events, has_news)
+        if stored and self._kv is not None:
+            self._store(worker, stored, self._kv)
 
     def _store(self, worker: SimWorker, hashes: tuple[BlockHash, ...], pool: KvPool) -> None:
         fresh, ends_at = pool.send(worker.name, hashes, self._now)
@@ -235,11 +233,12 @@ class Simulation:
     def _wake_after(self, worker: SimWorker, ends_at: float) -> None:
         self._waits_for[worker.name] = self._at(ends_at, self._wake, worker, self._num_events + 1)
 
-    def _report(self, worker: SimWorker) -> None:
-        self._carry_out(self._state.on_status(worker.status(), self._now))
-
-    def _tell_blocks(self, events: KvEvents) -> None:
-        self._carry_out(self._state.on_kv(events, self._now))
+    def _hear(self, worker: SimWorker, events: KvEvents | None, has_news: bool) -> None:
+        """The scheduler hears of a worker's blocks, and what it is like by now."""
+        if events is not None:
+            self._carry_out(self._state.on_kv(events, self._now))
+        if has_news:
+            self._carry_out(self._state.on_status(worker.status(), self._now))
 
     def _enter_again(self, sequence: Sequence) -> None:
         """The gateway sends what was handed back into the ring again."""

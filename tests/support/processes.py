@@ -12,9 +12,10 @@ def is_alive(pid: int) -> bool:
 
 
 def children_of(pid: int) -> dict[int, str]:
-    """Command lines of the living direct children, by process id."""
+    """Command lines of the living direct children, by process id, but for what `multiprocessing` keeps for itself."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return {child: command(child) for child in pids if _stat(child) == pid}
+    found = {child: command(child) for child in pids if _stat(child) == pid}
+    return {child: line for child, line in found.items() if "multiprocessing.resource_tracker" not in line}
 
 
 def command(pid: int) -> str:

@@ -129,8 +129,8 @@ def test_compose_passes_every_setting_of_a_service_on() -> None:
         role = cls.__name__.removesuffix("Settings").lower()
         for name in [name for name in COMPOSE["services"] if name.split("-")[0] == role]:
             given = {variable for variable in COMPOSE["services"][name]["environment"] if variable.startswith("WEFT_")}
-            # An instance is named after its container.
-            assert given == {item.variable for item in declared(cls)} - {"WEFT_INSTANCE"}, name
+            # An instance is named after its container, and sockets are handed on by `weft up` only.
+            assert given == {item.variable for item in declared(cls)} - {"WEFT_INSTANCE", "WEFT_LISTEN_FDS"}, name
 
 
 def test_compose_says_nothing_twice() -> None:
