@@ -94,11 +94,8 @@ class Fleet:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
-    def is_in_flight(self, key: tuple[str, int]) -> bool:
-        return key in self._in_flight
-
     def bound_for(self, key: tuple[str, int]) -> Worker | None:
-        """The worker that an assignment is on its way to."""
+        """The worker that an assignment is on its way to; None if it is not."""
         name = self._in_flight.get(key)
         return None if name is None else self._workers[name]
 

@@ -89,23 +89,17 @@ class PolicyMaker:
 
     def make(self, names: PolicyNames, before: Policies | None = None) -> Policies:
         """Policies of these names. Of those before, the predictor is kept if its name is the same: it has learnt."""
-        cost = CostModel() if self.cost is None else self.cost
+        is_calibrated = self.cost is not None
+        cost = self.cost or CostModel()
         if before is not None and before.names.predict == names.predict:
             predict = before.predict
         else:
             predict = (self.make_predictor or PREDICTORS[names.predict])()
-        admit = ADMITS[names.admit](
-            AdmitContext(
-                self.max_queued_requests,
-                self.max_queued_tokens,
-                cost,
-                self.objectives,
-                is_calibrated=self.cost is not None,
-            )
-        )
+        bounds = self.max_queued_requests, self.max_queued_tokens
+        admit = ADMITS[names.admit](AdmitContext(*bounds, cost, self.objectives, is_calibrated))
         transfer = Transfer(self.block_transfer_s)
         context = RouteContext(self.chance, cost, transfer, self.heatmap, self.block_size, self.split_override)
-        return Policies(names, admit, ROUTES[names.route](context), predict, cost, transfer, self.cost is not None)
+        return Policies(names, admit, ROUTES[names.route](context), predict, cost, transfer, is_calibrated)
 
     def order(self, names: PolicyNames) -> OrderPolicy:
         """An empty queue."""

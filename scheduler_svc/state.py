@@ -317,7 +317,8 @@ class ClusterState:
         waiting = self._backlog.get(request_id)
         if self._cancelled.covers(request_id, epoch):
             return [Dropped(request, "cancelled")], True
-        if (waiting is not None and waiting.request.epoch >= epoch) or self._fleet.is_in_flight((request_id, epoch)):
+        is_on_its_way = self._fleet.bound_for((request_id, epoch)) is not None
+        if (waiting is not None and waiting.request.epoch >= epoch) or is_on_its_way:
             return [Dropped(request, "superseded")], True
         if epoch:
             # Should a lower epoch still be handed back to us.

@@ -54,7 +54,7 @@ def test_what_is_on_its_way_to_a_worker_that_goes_is_forgotten() -> None:
     fleet.add(worker)
     fleet.send(worker, make_flight(make_request("r0")), 0)
     assert list(fleet.remove("w0").in_flight) == [("r0", 0)]
-    assert not fleet.is_in_flight(("r0", 0))
+    assert fleet.bound_for(("r0", 0)) is None and not fleet.num_in_flight
 
 
 def test_a_worker_that_changed_unseen_is_found_by_a_check() -> None:
